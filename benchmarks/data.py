@@ -31,7 +31,6 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -241,16 +240,13 @@ def reading(runs: int, folder: Path) -> dict[str, Numbers]:
 
 def made_up_store(path: Path, episodes: int) -> None:
     """Write a sparse walker store of zeros, which takes almost no disk."""
-    from ringrl.data.store.format import Layout, Provenance
-    from ringrl.data.store.writer import UnfinishedStore, create_file, hidden_name
+    from ringrl.data.store.writer import create_store
     from ringrl.envs import domain_named
 
-    domain = domain_named("walker")
-    layout = Layout(domain, domain.tasks, [1000] * episodes)
-    zeros = {key: np.zeros(layout.shape(key, 1001), spec.dtype) for key, spec in layout.arrays.items()}
-    with closing(UnfinishedStore(create_file(hidden_name(path), layout), layout)) as writer:
+    with create_store(path, "walker", domain_named("walker").tasks, [1000] * episodes, source="zeros") as writer:
+        layout = writer.layout
+        zeros = {key: np.zeros(layout.shape(key, 1001), spec.dtype) for key, spec in layout.arrays.items()}
         writer.records = [layout.record(zeros)] * episodes
-        writer.finish(path, Provenance("zeros"))
 
 
 def sampler(path: Path, batch: tuple[int, int]):  # type: ignore[no-untyped-def]

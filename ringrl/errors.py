@@ -11,10 +11,6 @@ class UserError(ValueError):
     """
 
 
-class UnreadableError(UserError):
-    """A file that the system does not let this process read. The file need not be damaged."""
-
-
 def require(what: str, extra: str, *modules: str) -> None:
     """Raise UserError if a module of an optional dependency is missing. `what` needs the modules: a flag or a name."""
     for module in modules:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringrl.errors import UnreadableError, UserError, brief
+from ringrl.errors import UserError, brief
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -214,7 +214,7 @@ def explain_read_errors(where: str, advice: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{where} {error}") from error
+        raise UserError(f"{where} {error}") from error
     except Exception as error:  # libraries raise nearly anything for damaged bytes
         raise_unreadable(where.removesuffix(":"), error)
         reason = brief(error) or type(error).__name__
@@ -222,18 +222,18 @@ def explain_read_errors(where: str, advice: str) -> Iterator[None]:
 
 
 def raise_unreadable(path: Path | str, error: Exception) -> None:
-    """Raise UnreadableError, or MemoryError, unless an error of reading a file may come from a damaged file."""
+    """Raise UserError, or MemoryError, unless an error of reading a file may come from a damaged file."""
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or number == errno.ENOMEM or "memory allocation failed" in str(error):
         raise MemoryError(*error.args) from error
     if "file is already open for" in str(error):  # HDF5 marks a file while a program may write to it
-        raise UnreadableError(
+        raise UserError(
             f"{path}: is open for writing in another program, or was when that program was killed: close the file "
             "there, or run h5clear -s on it (HDF5's tools)"
         ) from error
     for numbers, advice in UNREADABLE.items():
         if number is not None and number in numbers:
-            raise UnreadableError(f"{path}: cannot be read ({os.strerror(number)}): {advice}") from error
+            raise UserError(f"{path}: cannot be read ({os.strerror(number)}): {advice}") from error
 
 
 CRC = ', "crc32": "'

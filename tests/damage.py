@@ -1,6 +1,5 @@
 """Damage to files, shared by the tests of single modules and those of the command line (tests/faults)."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +13,6 @@ def flip(path: Path, share: float = 0.5, bit: int = 4) -> None:
     content[int(share * (len(content) - 1))] ^= 1 << bit
     path.unlink()
     path.write_bytes(content)
-
-
-def flip_in_place(path: Path, share: float = 0.5) -> None:
-    """Flip one bit without a new file, for large files that a program knows by inode."""
-    with path.open("r+b") as file:
-        file.seek(int(share * path.stat().st_size))
-        (byte,) = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 16]))
 
 
 def cut(path: Path, share: float = 0.5) -> None:
@@ -119,13 +109,6 @@ DOWNLOAD: dict[str, Damage] = {
     "note gone": lambda part: _sibling(part, "json").unlink(),
     "note with half a line more": lambda part: append(_sibling(part, "json"), '{"url": "ht'),
     "part cut short": cut,
-    "part gone": Path.unlink,
-}
-
-# Damage to an incomplete import, given the path of its part; the journal next to it lists the finished episodes.
-IMPORT: dict[str, Damage] = {
-    "part cut short": lambda part: cut(part, 0.1),
-    "part with a flipped bit": lambda part: flip_in_place(part, 0.2),
     "part gone": Path.unlink,
 }
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -387,16 +386,6 @@ def test_out_of_memory_is_one_line_and_no_damage(
         assert "not enough memory" in rejected(["data", "info", str(jaco_store.path)], capsys)
     main(command)
     assert len(EpisodeStore(store)) == 8
-
-
-def test_only_errors_of_tensorstore_threads_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    reports: list[str] = []
-    monkeypatch.setattr("sys.unraisablehook", lambda ignored: reports.append(str(ignored.exc_value)))
-    for _ in range(2):
-        main(["--version"])
-    for text in ("Event loop is closed", "another"):
-        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))  # type: ignore[arg-type]
-    assert reports == ["another"]
 
 
 def test_without_a_terminal_data_commands_print_lines(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ringrl.errors import UnreadableError, UserError
+from ringrl.errors import UserError
 from ringrl.files import lock, raise_unreadable, write_aside, write_whole
 
 KILLED = """
@@ -229,7 +229,7 @@ def test_a_link_stays_and_its_target_is_written_and_locked(tmp_path: Path, exist
     ],
 )
 def test_failures_of_the_system_are_not_called_damage(error: OSError, advice: str) -> None:
-    with pytest.raises(UnreadableError, match=rf"a\.h5: .*{advice}"):
+    with pytest.raises(UserError, match=rf"a\.h5: .*{advice}"):
         raise_unreadable("a.h5", error)
 
 

@@ -17,7 +17,6 @@ import urllib3
 
 from ringrl import __version__
 from ringrl.data.exorl.archive import open_zip, shown
-from ringrl.data.store.writer import hidden_name
 from ringrl.envs import domain_named
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, lock, remove, sync, write_whole
@@ -29,6 +28,11 @@ LONGEST_TIMEOUT = 86_400.0  # seconds
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 PUBLIC_ADDRESS = "https://dl.fbaipublicfiles.com/exorl"
 ALGORITHMS = ("aps", "icm_apt", "diayn", "disagreement", "icm", "proto", "random", "rnd", "smm")
+
+
+def hidden_name(path: Path) -> Path:
+    """Return the path of the bytes received so far."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def download_archive(

@@ -1,27 +1,23 @@
-"""Import of ExoRL archives into an episode store in one pass: read, validate, relabel for every task, write.
-
-The unfinished file has the digest of each finished episode. The same command resumes an interrupted import.
-"""
+"""Import of ExoRL archives into an episode store in one pass: read, validate, relabel for every task, write."""
 
 import hashlib
-import json
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from ringrl.data.exorl.archive import Archive, Member, shown
 from ringrl.data.relabel import relabel_all
-from ringrl.data.store.format import FORMAT_VERSION, Episode, Provenance, reward_key
+from ringrl.data.store.format import Provenance, reward_key
 from ringrl.data.store.reader import EpisodeStore
-from ringrl.data.store.writer import UnfinishedStore, create_store, hidden_name
+from ringrl.data.store.writer import StoreWriter, create_store
 from ringrl.envs import Domain, domain_named, make
-from ringrl.errors import UnreadableError, UserError
-from ringrl.files import linked, lock, remove
+from ringrl.errors import UserError
+from ringrl.files import linked
 from ringrl.pace import Progress, no_progress
 
 Subset = Literal["first", "last", "spread"]
@@ -43,8 +39,7 @@ def import_archive(
 ) -> EpisodeStore:
     """Import a zip archive or folder in ExoRL's layout, or several in this order, into a new episode store and open it.
 
-    An interrupted import (killed, Ctrl-C, disk full) leaves a hidden file next to `destination`. The same call resumes
-    it and writes the same bytes. A store that the same call would write again is only opened.
+    The same call writes the same bytes. A store that it would write again is only opened.
 
     Args:
         source: zip file or folder with buffer/episode_{number}_{steps}.npz, or several.
@@ -73,9 +68,7 @@ def import_archive(
     if not overwrite and (store := _finished_before(destination, plan)):
         return store
     lengths = [facts.episode_length] * len(plan.members)
-    with create_store(
-        destination, facts, tasks, lengths, source=plan.provenance, overwrite=overwrite, identity=plan.identity
-    ) as writer:
+    with create_store(destination, facts, tasks, lengths, source=plan.provenance, overwrite=overwrite) as writer:
         writer.recorded_task = _import_episodes(plan, writer, progress)
     return EpisodeStore(destination)
 
@@ -100,13 +93,12 @@ class ImportPlan(NamedTuple):
     tasks: tuple[str, ...]
     provenance: Provenance
     changed: int  # time of the last change of an episode of a folder, in ns; 0 for zip files
-    identity: str  # an import with the same identity resumes an interrupted import
 
 
 def _plan(
     sources: Sequence[Path], domain: Domain, tasks: tuple[str, ...], subset: Subset, max_episodes: int | None
 ) -> ImportPlan:
-    members, stamps, origins, changed = list[tuple[Path, Member]](), list[Any](), list[Provenance](), 0
+    members, origins, changed = list[tuple[Path, Member]](), list[Provenance](), 0
     for source in sources:
         with Archive(source, domain) as archive:
             chosen, description = chosen_episodes(subset, max_episodes, len(archive.members))
@@ -115,8 +107,8 @@ def _plan(
                 members.append((source, archive.members[index]))
             name = "/".join(source.resolve().parts[-2:])
             origins.append(Provenance(name, archive.size(), archive.listing_sha256(), subset=description))
-            stamps.append(archive.stamps())
-            changed = max(changed, *(stamp for _, _, stamp in stamps[-1])) if source.is_dir() else changed
+            if source.is_dir():
+                changed = max(changed, *(stamp for _, _, stamp in archive.stamps()))
     provenance = origins[0]
     if len(origins) > 1:
         listings = "".join(one.source_sha256 for one in origins)
@@ -126,14 +118,11 @@ def _plan(
             source_sha256=hashlib.sha256(listings.encode()).hexdigest(),
             subset="; ".join(dict.fromkeys(one.subset for one in origins)),
         )
-    episodes = [member for _, member in members]
-    facts = [FORMAT_VERSION, domain.name, asdict(replace(provenance, created="")), episodes, stamps, tasks]
-    identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return ImportPlan(members, domain, tasks, provenance, changed, identity)
+    return ImportPlan(members, domain, tasks, provenance, changed)
 
 
 def _finished_before(destination: Path, plan: ImportPlan) -> EpisodeStore | None:
-    """Return the existing store if this plan wrote it, on any day. The file of a killed import is deleted."""
+    """Return the existing store if this plan wrote it, on any day."""
     try:
         store = EpisodeStore(destination)
     except UserError:
@@ -141,53 +130,36 @@ def _finished_before(destination: Path, plan: ImportPlan) -> EpisodeStore | None
     provenance = replace(plan.provenance, created=store.provenance.created)
     if (store.provenance, store.domain, store.tasks) != (provenance, plan.domain.name, plan.tasks):
         return None
-    if destination.stat().st_mtime_ns < plan.changed:
-        return None
-    with suppress(OSError, UserError), lock(destination, "is writing it"):
-        remove(hidden_name(destination))
-    return store
+    return None if destination.stat().st_mtime_ns < plan.changed else store
 
 
-def _import_episodes(plan: ImportPlan, writer: UnfinishedStore, progress: Progress) -> str | None:
-    """Write every episode that an interrupted import has not written. Return the task whose rewards were recorded.
+def _import_episodes(plan: ImportPlan, writer: StoreWriter, progress: Progress) -> str | None:
+    """Write every episode. Return the task whose rewards were recorded.
 
     None: no task or several fit, the task is not imported, or rewards of all tasks were recorded. UserError for a
-    damaged episode, or one that is in two archives. The finished episodes are then dropped.
+    damaged episode, or one that is in two archives.
     """
     domain, given = plan.domain, plan.tasks
     # Another task of the domain may have the same rewards, whether it is imported or not.
     others = () if domain.records_all_tasks else tuple(task for task in domain.tasks if task not in given)
     candidates = [task for task in domain.tasks if task in (*given, *others)]  # with the recorded rewards
-    starts, has_reward, finished = list[np.ndarray](), False, len(writer.records)
+    starts, has_reward = list[np.ndarray](), False
     seen = dict[bytes, Path]()  # archives of the recorded content; collections with equal seeds begin alike
     with ExitStack() as opened:
         archives = {source: opened.enter_context(Archive(source, domain)) for source in dict(plan.members)}
         for index, (source, member) in enumerate(plan.members):
-            if index < finished:
-                episode: Episode = writer.read(index)
-                rewards = {task: episode[reward_key(task)] for task in given}
-                if others:
-                    rewards |= relabel_all(domain.name, episode["physics"], episode["action"], others)
-            else:
-                try:
-                    recorded = archives[source].read(member)
-                except UserError as error:
-                    if not isinstance(error, UnreadableError):
-                        writer.records.clear()
-                    raise
-                rewards = relabel_all(domain.name, recorded["physics"], recorded["action"], (*given, *others))
-                episode = recorded | {reward_key(task): rewards[task] for task in given}
-                writer.append(episode)
+            recorded = archives[source].read(member)
+            rewards = relabel_all(domain.name, recorded["physics"], recorded["action"], (*given, *others))
+            writer.append(recorded | {reward_key(task): rewards[task] for task in given})
             if (other := seen.setdefault(writer.records[index].recorded, source)) != source:
-                writer.records.clear()
                 raise UserError(
                     f"{source}: {shown(member.path)} is also in {other}: leave it out (--subset), or collect with "
                     "another --seed"
                 )
-            reward = episode["reward"][:, 0]
+            reward = recorded["reward"][:, 0]
             candidates = [task for task in candidates if np.abs(rewards[task] - reward).max() <= SAME_REWARD]
-            has_reward |= bool(episode["reward"].any())
-            starts.append(episode["physics"][0].copy())
+            has_reward |= bool(recorded["reward"].any())
+            starts.append(recorded["physics"][0].copy())
             progress(index + 1, len(plan.members))
     if domain.records_all_tasks or not has_reward:
         return None

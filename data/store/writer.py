@@ -1,8 +1,8 @@
 """Writers of an episode store.
 
 h5py creates the file with all datasets and closes it. The lengths of all episodes are known, and so is the offset of
-every row. The file has a hidden name until it is whole. Rows are written with `os.pwrite`: a full disk then raises an
-error, whereas a write through a memory map would end with SIGBUS, and a kill leaves a file that h5py can open.
+every row. Rows are written with `os.pwrite`: a full disk then raises an
+error, whereas a write through a memory map would end with SIGBUS.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import h5py
 import numpy as np
 
 from ringrl.data.store.format import (
-    DIGEST_BYTES,
     FORMAT,
     FORMAT_VERSION,
     LONGEST_TEXT,
@@ -30,15 +29,10 @@ from ringrl.data.store.format import (
 )
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
-from ringrl.files import explain_write_errors, linked, lock, raise_unreadable, reserve, sync
+from ringrl.files import explain_write_errors, linked, lock, reserve, sync, write_aside
 
 ATTRIBUTES = 2**19  # bytes that the attributes need at most
 DIGESTS = ("episodes/recorded_sha256", "episodes/relabelled_sha256")
-
-
-def hidden_name(path: Path) -> Path:
-    """Return the hidden path of the unfinished store at `path`."""
-    return path.with_name(f".{path.name}.partial")
 
 
 @contextlib.contextmanager
@@ -50,8 +44,7 @@ def create_store(
     *,
     source: str | Provenance,
     overwrite: bool = False,
-    identity: str = "",
-) -> Iterator["UnfinishedStore"]:
+) -> Iterator["StoreWriter"]:
     """Create a store for episodes of the given lengths (steps). The file appears at `path` when the block succeeds.
 
     In the block, `append` every episode in order, and set `recorded_task` if it is known.
@@ -63,8 +56,6 @@ def create_store(
         lengths: steps of each episode.
         source: the origin of the episodes, as a name or in full.
         overwrite: replace an existing store.
-        identity: determines the content. A block that fails leaves its finished episodes, and the next store of this
-            identity begins with them, unless the block has cleared the records.
 
     Raises:
         UserError: the path exists, another process writes it, or the disk or a quota is full.
@@ -75,65 +66,34 @@ def create_store(
         raise UserError(f"{path}: is a folder, name the store's file")
     if path.exists() and not overwrite:
         raise UserError(f"{path}: already exists, choose another name or overwrite it (--overwrite)")
-    partial = hidden_name(path)
-    with explain_write_errors(path), lock(path, "is writing it"):
-        writer = _interrupted(partial, layout, identity) if identity else None
-        try:
-            writer = writer or UnfinishedStore(create_file(partial, layout, identity), layout)
-            with explain_write_errors(path, writer.size), contextlib.closing(writer):
-                yield writer
-                writer.finish(path, Provenance(source) if isinstance(source, str) else source)
-        except BaseException as error:
-            if not identity or writer is None or not writer.records:
-                partial.unlink(missing_ok=True)
-            elif isinstance(error, UserError):
-                raise UserError(f"{error}; finished episodes are kept: run the same command again to resume") from error
-            raise
+    with explain_write_errors(path), lock(path, "is writing it"), write_aside(path) as partial:
+        writer = StoreWriter(partial, layout)
+        with explain_write_errors(path, writer.size), contextlib.closing(writer):
+            yield writer
+            writer.finish(Provenance(source) if isinstance(source, str) else source)
 
 
-def create_file(partial: Path, layout: Layout, identity: str = "") -> Path:
-    """Create the HDF5 file of a store with space for all arrays in place of any older file. Return its path."""
-    partial.unlink(missing_ok=True)  # not emptied: another process may still write to the old file
-    # This version of HDF5's format has checksums of its metadata, which reveal damage.
-    with h5py.File(partial, "x", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=64) as file:
-        rows = int(layout.starts[-1])
-        arrays = {dataset_name(key): (layout.shape(key, rows), spec.dtype) for key, spec in layout.arrays.items()}
-        for name, (shape, dtype) in (layout.per_episode() | arrays).items():
-            # Contiguous, with an offset in the file from the start, and not filled with zeros.
-            settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-            settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            file.create_dataset(name, shape=shape, dtype=dtype, dcpl=settings)
-        file.attrs["identity"] = np.bytes_(identity)
-    return partial
-
-
-def _interrupted(partial: Path, layout: Layout, identity: str) -> "UnfinishedStore | None":
-    """Return the unfinished store of this identity, None if there is none with a finished episode."""
-    try:
-        store = UnfinishedStore(partial, layout)
-        if store.identity == identity and store.find_finished():
-            return store
-        store.close()
-    except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
-        raise_unreadable(partial, error)
-    return None
-
-
-class UnfinishedStore:
-    """The rows of a file made by `create_file`. OSError or KeyError if it is no unfinished store of this layout."""
+class StoreWriter:
+    """Creates the file of a store with space for all arrays, and writes its rows."""
 
     recorded_task: str | None = None
 
-    def __init__(self, partial: Path, layout: Layout) -> None:
-        self.path, self.layout = partial, layout
-        self.records: list[Record] = []  # of the first episodes, which are finished
-        with h5py.File(partial, "r", locking=False) as file:
-            self.identity = file.attrs["identity"].decode()
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self.path, self.layout = path, layout
+        self.records: list[Record] = []  # of the episodes that were written
+        rows = int(layout.starts[-1])
+        arrays = {dataset_name(key): (layout.shape(key, rows), spec.dtype) for key, spec in layout.arrays.items()}
+        # This version of HDF5's format has checksums of its metadata, which reveal damage.
+        with h5py.File(path, "x", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=64) as file:
+            for name, (shape, dtype) in (layout.per_episode() | arrays).items():
+                # Contiguous, with an offset in the file from the start, and not filled with zeros.
+                settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+                settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+                settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+                file.create_dataset(name, shape=shape, dtype=dtype, dcpl=settings)
             self._offsets = {key: file[dataset_name(key)].id.get_offset() for key in layout.arrays}
-            self._digests = [file[name].id.get_offset() for name in DIGESTS]
-        self.size = partial.stat().st_size + ATTRIBUTES
-        self._descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+        self.size = path.stat().st_size + ATTRIBUTES
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
     def append(self, episode: Episode) -> None:
         """Write the rows of the next episode, with the arrays of `EpisodeStore.episode` and the announced length.
@@ -148,41 +108,19 @@ class UnfinishedStore:
             array, shape = np.ascontiguousarray(episode[key]), self.layout.shape(key, rows)
             if array.shape != shape or array.dtype != spec.dtype:
                 raise ValueError(f"{key} is {array.dtype} {array.shape}, the store expects {spec.dtype} {shape}")
-            view, offset = array.data.cast("B"), self._offset(key, index)
+            view = array.data.cast("B")
+            offset = int(self._offsets[key]) + int(self.layout.starts[index]) * spec.row_bytes
             while view:
                 written = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[written:], offset + written
-        record = self.layout.record(episode)
-        for digest, start in zip(record[:2], self._digests, strict=True):
-            os.pwrite(self._descriptor, digest, start + index * DIGEST_BYTES)
-        self.records.append(record)
-
-    def find_finished(self) -> list[Record]:
-        """Set `records` to those of the first episodes whose rows have the digests in the file, and return them."""
-        for index in range(len(self.layout.lengths)):
-            places = [start + index * DIGEST_BYTES for start in self._digests]
-            written = [os.pread(self._descriptor, DIGEST_BYTES, place) for place in places]
-            record = self.layout.record(self.read(index)) if any(written[0]) else None
-            if record is None or [*record[:2]] != written:
-                break
-            self.records.append(record)
-        return self.records
-
-    def read(self, index: int) -> dict[str, np.ndarray]:
-        """Return the rows of an episode. Rows that were not written are zeros or rows of an older file."""
-        rows = int(self.layout.lengths[index]) + 1
-        episode = {}
-        for key, spec in self.layout.arrays.items():
-            content = os.pread(self._descriptor, rows * spec.row_bytes, self._offset(key, index))
-            episode[key] = np.frombuffer(content, spec.dtype).reshape(self.layout.shape(key, rows))
-        return episode
+        self.records.append(self.layout.record(episode))
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
 
-    def finish(self, path: Path, provenance: Provenance) -> None:
-        """Write returns, checksums and attributes, and rename the file to `path`. Raises OSError and UserError."""
+    def finish(self, provenance: Provenance) -> None:
+        """Write returns, checksums and attributes. Raises OSError and UserError."""
         layout, records = self.layout, self.records
         if len(records) != len(layout.lengths):
             raise ValueError(f"{len(records)} of {len(layout.lengths)} announced episodes were written")
@@ -202,27 +140,17 @@ class UnfinishedStore:
         if isinstance(layout.domain, StoredDomain):
             attributes["facts"] = layout.domain.to_json()
         if too_long := [name for name, text in attributes.items() if len(text) > LONGEST_TEXT]:
-            raise UserError(
-                f"{path}: its {too_long[0]} is longer than {LONGEST_TEXT:,} characters: import fewer archives"
-            )
+            raise UserError(f"the {too_long[0]} is longer than {LONGEST_TEXT:,} characters: import fewer archives")
         sync(self.path)
         with h5py.File(self.path, "r+", libver=("v110", "v110"), locking=False) as file:
             for name, array in arrays.items():
                 file[name][...] = array
                 file[name].attrs["sha256"] = np.bytes_(hashlib.sha256(np.ascontiguousarray(array).data).hexdigest())
             file.attrs["format_version"] = FORMAT_VERSION
-            del file.attrs["identity"]
             for name, text in attributes.items():
                 # HDF5 protects only strings of fixed length by checksums.
                 file.attrs[name] = np.bytes_(text.encode())
             file.attrs["format"] = np.bytes_(FORMAT.encode())
-        sync(self.path)
-        self.path.replace(path)
-        sync(path.parent)
-
-    def _offset(self, key: str, episode: int) -> int:
-        """Return the offset in the file of the first row of an episode, in bytes."""
-        return int(self._offsets[key]) + int(self.layout.starts[episode]) * self.layout.arrays[key].row_bytes
 
 
 def _stacked(digests: Sequence[bytes]) -> np.ndarray:

@@ -1,7 +1,6 @@
 """The command line: the commands, how their flags are read, and one line for every error a user can cause."""
 
 import ast
-import functools
 import inspect
 import io
 import logging
@@ -61,8 +60,6 @@ def _run(arguments: list[str]) -> None:
     """Run one command and turn its errors into one line."""
     for name in ("absl", "asyncio"):  # orbax logs tracebacks of errors that end in one line here
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    if getattr(sys.unraisablehook, "func", None) is not _hide_tensorstore:
-        sys.unraisablehook = functools.partial(_hide_tensorstore, sys.unraisablehook)
     try:
         with handled(stop):
             command, bound = parse(arguments)
@@ -148,12 +145,6 @@ def _complete(app: cyclopts.App, commands: tuple[str, ...], arguments: cyclopts.
 def _help_of(arguments: list[str]) -> str:
     name = " ".join(arguments[:2] if arguments[:1] == ["data"] else arguments[:1])
     return f"ringrl {name} --help" if name in COMMANDS else "ringrl --help"
-
-
-def _hide_tensorstore(report: Callable[[Any], object], ignored: Any) -> None:
-    """Report an unraisable exception, unless it is tensorstore's after orbax stopped on a failed write."""
-    if str(ignored.exc_value) != "Event loop is closed":
-        report(ignored)
 
 
 def _flush(last: str) -> None:

@@ -114,15 +114,11 @@ def import_(
         # A folder's name may contain dots.
         named = archive if archive.name not in ("", "..") else archive.resolve()
         output = named.with_suffix(".h5") if named.suffix == ".zip" else named.parent / f"{named.name}.h5"
-    try:
-        with _bars() as bar:
-            store = import_archive(
-                archives, output, domain, overwrite=overwrite, subset=subset, max_episodes=max_episodes, tasks=tasks,
-                progress=bar("importing"),
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        print("ringrl: run the same command again to resume the import", file=sys.stderr)
-        raise
+    with _bars() as bar:
+        store = import_archive(
+            archives, output, domain, overwrite=overwrite, subset=subset, max_episodes=max_episodes, tasks=tasks,
+            progress=bar("importing"),
+        )  # fmt: skip
     print(f"{output}\n{describe(store)}")
 
 

@@ -115,6 +115,7 @@ class Checkpoints:
         self.folder, self._keep = run / "checkpoints", keep
         if found := PATTERN.search(str(run.absolute())):
             raise UserError(f"{run}: checkpoints cannot be stored in a path with {found[0]}; give a folder without it")
+        _hide_late_errors()
         self._newest: Path | None = None  # checkpoint that this process has written
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
@@ -150,7 +151,6 @@ class Checkpoints:
         """Return the state of a checkpoint, with the shapes and shardings of `like`."""
         path, abstract = self.folder / str(step), jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         checksums = _read_json(path, "info").get(ARRAY_CHECKSUMS)
-        _hide_late_errors()
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             state = TrainState(**self._orbax.restore(path.absolute(), args=args)["state"])
@@ -213,7 +213,7 @@ class Checkpoints:
 
 @functools.cache  # once
 def _hide_late_errors() -> None:
-    """Hide the errors of arrays that Orbax still reads after another array has failed: nobody can catch them."""
+    """Hide the errors of arrays that Orbax still reads or writes after another has failed: nobody can catch them."""
     show, late = sys.unraisablehook, ("loop is closed", "while reading array", "Error reading")
     sys.unraisablehook = lambda args: None if any(text in str(args.exc_value) for text in late) else show(args)
     logging.getLogger("asyncio").addFilter(lambda record: not any(text in record.getMessage() for text in late))

@@ -40,11 +40,11 @@ def _record_episode(task: str, seed: int) -> dict[str, np.ndarray]:
     return {key: array.astype(np.float64 if key == "physics" else np.float32) for key, array in arrays.items()}
 
 
-def finished_episodes(partial: Path) -> int:
-    """Return the number of episodes that an unfinished store has, 0 while the file is created."""
-    with contextlib.suppress(OSError, KeyError), h5py.File(partial, "r", locking=False) as file:
-        return int(file["episodes/recorded_sha256"][:].any(axis=1).sum())
-    return 0
+def written_share(unfinished: Path) -> float:
+    """Return the share of the rows of an unfinished store that are written, 0 while the file is created."""
+    with contextlib.suppress(OSError, KeyError), h5py.File(unfinished, "r", locking=False) as file:
+        return float(file["steps/observation"][:].any(axis=1).mean())
+    return 0.0
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,7 @@ from ringrl.training.checkpoints import (
     Checkpoints,
     EarlyStopping,
     RunInfo,
+    _hide_late_errors,
     array_checksums,
     saved_steps,
     with_checksum,
@@ -311,3 +313,14 @@ def test_values_with_a_checksum_survive_json() -> None:
         assert was in text
         with pytest.raises(ValueError, match="its checksum differs"):
             without_checksum(json.loads(text.replace(was, now)))
+
+
+def test_only_errors_of_tensorstore_threads_are_hidden(tmp_path, monkeypatch):
+    reports: list[str] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda ignored: reports.append(str(ignored.exc_value)))
+    _hide_late_errors.cache_clear()
+    for _ in range(2):
+        Checkpoints(tmp_path).close()
+    for text in ("Event loop is closed", "another"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
+    assert reports == ["another"]

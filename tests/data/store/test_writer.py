@@ -52,7 +52,7 @@ def test_announced_lengths_are_kept(tmp_path, episodes):
 def test_an_unreadable_store_does_not_replace_another(store, episodes):
     """The reader rejects texts of more than 64 KB."""
     with (
-        pytest.raises(UserError, match="its provenance is longer than 65,536 characters"),
+        pytest.raises(UserError, match="the provenance is longer than 65,536 characters"),
         create_store(store.path, "cartpole", [], [50], source="x" * 70_000, overwrite=True) as writer,
     ):
         writer.append(episodes[0])
@@ -70,7 +70,7 @@ def test_two_writers_of_one_store(tmp_path, episodes, write_store):
 
 
 def test_files_of_a_killed_writer_are_replaced(tmp_path, episodes, write_store):
-    (tmp_path / ".a.h5.partial").write_bytes(b"remains" * 100_000)
+    (tmp_path / ".a.h5.tmp").write_bytes(b"remains" * 100_000)
     write_store(tmp_path / "a.h5", "cartpole", episodes).verify()
     assert names(tmp_path) == ["a.h5"]
 
