@@ -26,7 +26,7 @@ from ringrl.model import Policy, make_agent
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.checkpoints import CheckpointKind, Checkpoints, RunInfo, best_step, read_info
 from ringrl.training.distributed import check_platform
-from ringrl.training.mesh import make_ring
+from ringrl.training.mesh import make_ring_mesh
 
 _ENDLESS = 2**30  # steps for which a memory may grow
 
@@ -169,7 +169,7 @@ def load_policy(
 
     `kind` is used if no step is given. `best_step` defines the best.
 
-    Raise UserError as `read_info`, `make_ring` and `check_platform` do, or if the arrays are damaged, or if the
+    Raise UserError as `read_info`, `make_ring_mesh` and `check_platform` do, or if the arrays are damaged, or if the
     best is requested and no checkpoint has a finite loss.
     """
     run = Path(run)
@@ -180,7 +180,7 @@ def load_policy(
             raise UserError(f"{run}: no checkpoint has a finite loss, so none is the best; evaluate the last")
         step, info = read_info(run, best)
     check_platform()
-    parallel = ONE_DEVICE if mesh is None else make_ring(info.config, mesh)
+    parallel = ONE_DEVICE if mesh is None else make_ring_mesh(info.config, mesh)
     agent = make_agent(partial(info.make_policy, parallel), info.config, parallel)
     with closing(Checkpoints(run)) as checkpoints:
         state = checkpoints.restore(step, agent.init())

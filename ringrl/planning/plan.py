@@ -12,7 +12,7 @@ from ringrl.model.parallel import MESH_AXES
 from ringrl.planning.ahead_of_time import Compiled, compile_step, devices_of, fits, why_not
 from ringrl.planning.machines import GPU_SHARE, Machine, gib, kernel_of
 from ringrl.planning.memory import Memory, fits_by_formula, longest_context, memory_of
-from ringrl.planning.roofline import StepTime, attained_by, estimate
+from ringrl.planning.roofline import StepTime, attained_by, step_time
 from ringrl.planning.search import Advice, advise, best_meshes
 from ringrl.planning.workload import Workload, format_tokens
 
@@ -35,7 +35,7 @@ class Plan:
     def time(self) -> StepTime:
         """Estimated time of a step. Transfers that the compiler made synchronous are not hidden."""
         hops_hide = self.compiled is None or not self.compiled.waits_for_hops
-        return estimate(self.workload, self.machine, hops_hide=hops_hide)
+        return step_time(self.workload, self.machine, hops_hide=hops_hide)
 
     @property
     def total(self) -> float:

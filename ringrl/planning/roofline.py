@@ -57,7 +57,7 @@ def attained_by(workload: Workload, machine: Machine) -> Attained:
     return ATTAINED._replace(matrices=matrices * ATTAINED.matrices, attention=attention)
 
 
-def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) -> StepTime:
+def step_time(workload: Workload, machine: Machine, *, hops_hide: bool = True) -> StepTime:
     """Estimate the time of one step. `hops_hide`: whether the compiler overlaps the ring's transfers with kernels."""
     model, config, device, attained = workload.model, workload.config, machine.device, attained_by(workload, machine)
     contexts, devices = config.optimiser.batch_size, config.mesh.devices

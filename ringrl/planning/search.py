@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ringrl.errors import UserError
 from ringrl.planning.machines import MOST_DEVICES, Machine
 from ringrl.planning.memory import fits_by_formula, memory_of
-from ringrl.planning.roofline import estimate
+from ringrl.planning.roofline import step_time
 from ringrl.planning.workload import Workload
 
 
@@ -31,7 +31,7 @@ def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
 
     def order(candidate: Workload) -> tuple[bool, float]:
         if fits_by_formula(candidate, machine):
-            return False, estimate(candidate, machine).total
+            return False, step_time(candidate, machine).total
         return True, memory_of(candidate, machine.device.platform).total
 
     found = sorted(meshes(workload, machine.devices), key=order)

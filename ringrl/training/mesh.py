@@ -42,7 +42,7 @@ def parallel_over(mesh: MeshConfig, devices: Sequence[Any]) -> Parallel:
     return Parallel(Mesh(np.reshape(np.array(ordered), sizes), MESH_AXES, axis_types=types), mesh.layout)
 
 
-def make_ring(config: TrainConfig, mesh: MeshConfig) -> Parallel:
+def make_ring_mesh(config: TrainConfig, mesh: MeshConfig) -> Parallel:
     """Return the mesh that divides the contexts of a trained policy when it acts.
 
     Raise UserError for an axis other than seq, or a policy without a context, and as `make_parallel` does.

@@ -6,7 +6,7 @@ import pytest
 
 from ringrl.planning import machines
 from ringrl.planning.machines import find_machine, measure_host
-from ringrl.planning.roofline import attained_by, estimate
+from ringrl.planning.roofline import attained_by, step_time
 from ringrl.planning.workload import Workload, find_model
 
 pytestmark = pytest.mark.usefixtures("eight_devices")  # fixes the number of host devices
@@ -44,8 +44,8 @@ def test_estimate_uses_measured_rates(small):
     machine = measure_host(find_machine("cpu-8"), small)
     assert attained_by(workload, machine) == machine.measured
     slow = machine.device.flops
-    assert estimate(workload, machine).mfu * slow == pytest.approx(
-        estimate(workload, machine).model_flops / 8 / estimate(workload, machine).total
+    assert step_time(workload, machine).mfu * slow == pytest.approx(
+        step_time(workload, machine).model_flops / 8 / step_time(workload, machine).total
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from ringrl.planning.machines import find_machine
 from ringrl.planning.memory import memory_of
-from ringrl.planning.roofline import estimate
+from ringrl.planning.roofline import step_time
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +43,6 @@ def test_plan_reality_runs(load, monkeypatch, make):
     monkeypatch.setattr(script, "measure_host", lambda machine, model: machine)
     workload = make(64, token_set="ring4", layers=1, width=16, attention="vanilla")
     found = script.run(workload, machine, 1)
-    assert found["planned_seconds"] == pytest.approx(estimate(workload, machine).total)
+    assert found["planned_seconds"] == pytest.approx(step_time(workload, machine).total)
     assert found["seconds"] > 0
     assert found["compiled_bytes"] == pytest.approx(memory_of(workload, "cpu").total, rel=0.5)

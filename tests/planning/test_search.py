@@ -3,7 +3,7 @@ import pytest
 from ringrl.errors import UserError
 from ringrl.planning.machines import find_machine
 from ringrl.planning.memory import memory_of
-from ringrl.planning.roofline import estimate
+from ringrl.planning.roofline import step_time
 from ringrl.planning.search import best_meshes, meshes
 from ringrl.planning.workload import Workload, find_model
 
@@ -26,7 +26,7 @@ def test_best_mesh_is_the_fastest_that_fits():
     found = best_meshes(shape("7b", 2**14, contexts=8), machine)
     fitting = [memory_of(each, "gpu").total <= machine.device.memory for each in found]
     assert fitting == sorted(fitting, reverse=True)
-    times = [estimate(each, machine).total for each, is_fitting in zip(found, fitting, strict=True) if is_fitting]
+    times = [step_time(each, machine).total for each, is_fitting in zip(found, fitting, strict=True) if is_fitting]
     assert times == sorted(times)
     assert fitting[0]
     assert not fitting[-1]
