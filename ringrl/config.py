@@ -22,7 +22,7 @@ class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     largest: ClassVar[int] = 2**31 - 1
-    """Of any integer but the seed: the limit of the step counter and of array sizes."""
+    """Largest value of any integer except the seed. Step counters and array sizes hold no more."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -54,7 +54,7 @@ class ContextConfig(Section):
     """How trajectories are combined into one context."""
 
     trajectories: int = Field(4, ge=1)
-    """Trajectories (episodes) per context. More give the model more to learn from in context; memory and time grow."""
+    """Trajectories (episodes) per context. More give the model more to learn from, and cost memory and time."""
     order: Literal["ascending", "descending", "history", "random"] = "ascending"
     """Order of the trajectories: by return (ascending is chain of hindsight), as collected (history), or random."""
     target: Literal["best", "own", "none"] = "best"
@@ -68,14 +68,14 @@ class ContextConfig(Section):
     """Further tasks to train on. Each context has the rewards of one task, drawn uniformly from these and the run's.
     Only the trajectories in the context identify the task to the model."""
     max_transitions: int | None = Field(None, ge=1)
-    """Cap on transitions. Whole episodes are taken in seed-shuffled order; a smaller cap is a subset of a larger."""
+    """Cap on transitions. Whole episodes are taken in seed-shuffled order, so a smaller cap is a subset of a larger."""
     best_fraction: float = Field(1.0, gt=0, le=1)
     """Fraction of the remaining episodes to keep, highest returns first (0.1 with behaviour cloning is BC-10%). With
     several tasks, each task keeps the best episodes by its own returns."""
     history_stride: int = Field(1, ge=1)
     """With sampling history_window: take every k-th episode. A context then spans a longer part of the history."""
     segment_steps: int | None = Field(None, ge=1)
-    """Steps of each trajectory, if trajectories are segments of episodes. A short context then holds many of them."""
+    """Steps of each trajectory, if trajectories are segments of episodes. A short context then holds many."""
     segment_start_share: float = Field(0.5, ge=0, le=1)
     """Share of segments that begin with their episode. The others begin anywhere, with their own return-to-go."""
     first_steps: int = Field(20, ge=1)
@@ -126,7 +126,7 @@ class ModelConfig(Section):
     reward), dt3 (return-to-go, state, action), fused1 (all in one token: the shortest context)."""
     action_head: Literal["mse", "gaussian", "bins", "categorical"] = "mse"
     """Distribution of actions: mse (mean, tanh), gaussian (mean and state-dependent width) or bins (21 values per
-    component). mse and gaussian average over modes. categorical: for actions that are choices."""
+    component). mse and gaussian average over modes. categorical: for discrete actions."""
     action_choice: Literal["mode", "mean"] = "mode"
     """Action that the head bins takes: the likeliest values (mode) or the mean. Training does not depend on this."""
     loss_on: Literal["all", "last"] = "all"
@@ -145,9 +145,9 @@ class ModelConfig(Section):
     """How attention is computed; the result is the same. vanilla: all logits at once. memory_efficient: in tiles.
     blockwise: the feed-forward layer in blocks, too. ring: keys circulate between devices instead of being gathered."""
     strategy: Literal["ring", "ulysses", "all_gather", "auto"] = "ring"
-    """How attention ring reaches the keys of other devices; without effect if mesh.seq is 1. ring: keys circulate.
-    ulysses: devices exchange tokens for heads (2309.14509). all_gather: every device holds all keys. auto: by length,
-    heads and link speed. `ringrl plan` prints which."""
+    """How attention ring gets the keys of other devices. Without effect if mesh.seq is 1. ring: keys circulate.
+    ulysses: devices exchange tokens for heads (2309.14509). all_gather: every device holds all keys. auto: chosen by
+    length, heads and link speed; `ringrl plan` prints the choice."""
     bidirectional: bool = False
     """Send half of the key heads around the ring in the opposite direction. Without effect if mesh.seq is 1."""
     block_tokens: int = Field(4096, ge=1)
@@ -155,7 +155,7 @@ class ModelConfig(Section):
     remat: Literal["none", "layers", "full"] = "none"
     """Rematerialisation in the backward pass. layers: recompute each layer except its attention. Memory then holds
     each layer's input and attention output, for about a quarter more matrix work. full: recompute the attention, too.
-    Memory then holds each layer's input alone, for one more ring."""
+    Memory then holds only each layer's input, and the ring runs once more."""
     timestep_embedding: bool = False
     """Add a learned embedding of the timestep within the episode."""
     trajectory_embedding: bool = False
@@ -312,9 +312,9 @@ class TrainConfig(Section):
     validate_every: int = Field(100, ge=1)
     """Steps between measurements of the held-out loss. It is also measured at planned checkpoints."""
     stop_after: int | None = Field(None, ge=1)
-    """End the run after this many measurements in a row without a new lowest held-out loss; optimiser.steps is the
-    limit, at which the learning rate has decayed: a run that ends earlier keeps a higher one, unless the schedule is
-    constant. td3_bc ignores this setting: its held-out loss measures imitation, which it does not minimise."""
+    """End the run after this many measurements in a row without a new lowest held-out loss, or after optimiser.steps.
+    Use a constant schedule, since the others decay until optimiser.steps. td3_bc ignores this setting: its held-out
+    loss measures imitation, which it does not minimise."""
     context: ContextConfig = ContextConfig()
     """Contexts (td3_bc uses only max_transitions and best_fraction)."""
     model: ModelConfig = ModelConfig()

@@ -94,18 +94,18 @@ def attention(
 ) -> Float[Array, "batch tokens heads value_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
     """Compute softmax(scale * q k^T) v over the visible keys of each query, in O(S + T) memory.
 
-    Queries may be fewer than keys. By default, they have the last positions:
+    If there are fewer queries than keys, the queries have the last positions by default:
 
         positions of the keys    0 1 2 3 4 5      causal, S = 2 queries and T = 6 keys
         query at position 4      x x x x x .
         query at position 5      x x x x x x
 
-    One context may come without the batch axis. Without queries, the result is empty; without keys, it is 0. Output and
-    log-sum-exp carry the checkpoint name "ring_attention":
+    A single context needs no batch axis. Without queries, the result is empty; without keys, it is 0. Output and
+    log-sum-exp have the checkpoint name "ring_attention": under jax.checkpoint, the policy
     jax.checkpoint_policies.save_only_these_names("ring_attention") avoids computing attention twice.
 
     Args:
-      q: queries (B, S, H, D); float32, bfloat16 or float16. All values must be finite, also under the mask.
+      q: queries (B, S, H, D); float32, bfloat16 or float16. All values must be finite, also hidden ones.
         Gradients lose precision for logits above 1e4, where the log-sum-exp is accurate to 1e-3 only.
       k, v: keys (B, T, Hkv, D) and values (B, T, Hkv, Dv) in q's dtype; Hkv divides H (grouped-query attention). If
         D and Dv differ, the narrower arrays are padded with zeros.
@@ -129,9 +129,10 @@ def attention(
       alibi_slopes: (H,) logits fall by slope * |position of the query - position of the key| (ALiBi, 2108.12409),
         after the soft cap.
       implementation: the kernel. None selects "mosaic_tpu" on TPUs, "mosaic_gpu" on Hopper GPUs, "cudnn" on other
-        NVIDIA GPUs since Ampere, and "xla" (tiled attention in plain XLA) elsewhere and for unsupported inputs, which
-        is logged. A kernel selected by name raises ValueError for them. "autodiff" leaves differentiation to JAX: it is
-        slower, but has forward-mode derivatives (jax.jvp). None selects it for alibi_slopes and a traced cap.
+        NVIDIA GPUs since Ampere, and "xla" (tiled attention in plain XLA) elsewhere. For unsupported inputs, None falls
+        back to "xla" and logs a warning, and a kernel selected by name raises ValueError. "autodiff" leaves
+        differentiation to JAX: it is slower, but has forward-mode derivatives (jax.jvp). None selects "autodiff" for
+        alibi_slopes and a traced cap.
       return_residual: also return the log-sum-exp (B, S, H) float32, differentiable.
 
     Returns:
@@ -187,7 +188,7 @@ def ring_attention(
     """Compute `attention`, exact to rounding, of global arrays whose sequence axis is sharded over a mesh axis.
 
     All arrays with an axis of tokens are in layout order (`to_layout`, once per batch, not per layer). The function
-    works under jit, grad, vmap, remat and scan. Arguments that are not listed are those of `attention`.
+    works under jit, grad, vmap, remat and scan. All other arguments are those of `attention`.
 
     Args:
       q, k, v: as for `attention`; the lengths of queries and keys divide into the layout's chunks.
@@ -274,16 +275,16 @@ def ring_attention_shard(
 ) -> Float[Array, "batch local_tokens heads value_dim"] | tuple[jax.Array, Float32[Array, "batch local_tokens heads"]]:
     """Compute `ring_attention` inside an existing shard_map, where every array is this device's shard.
 
-    With contiguous chunks, default positions and no global prefix, a window reduces the number of hops. Arguments that
-    are not listed are those of `attention`.
+    With contiguous chunks, default positions and no global prefix, a window reduces the number of hops. All other
+    arguments are those of `attention`.
 
     Args:
       q, k, v, segment_ids, key_segment_ids, positions, key_positions, global_prefix: this device's tokens, in layout
         order.
       axis_name, layout: as for `ring_attention`.
       query_seq_lengths, key_value_seq_lengths: as for `ring_attention`, of the whole sequence.
-      strategy: "ring": keys and values travel, memory is constant in the ring size; "ulysses": all-to-all from tokens
-        to heads; "ulysses_ring": both, over a pair of axes; "all_gather": keys and values to every device; "auto":
+      strategy: "ring": keys and values travel, memory is constant in the ring size. "ulysses": all-to-all from tokens
+        to heads. "ulysses_ring": both, over a pair of axes. "all_gather": keys and values to every device. "auto":
         the result of `choose_strategy`.
       bidirectional: half of the key heads travel in the opposite direction, which uses both directions of the links.
         Used by "ring" and "ulysses_ring". A window that needs few hops sends all heads in the shorter direction.

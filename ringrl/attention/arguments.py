@@ -44,7 +44,7 @@ def check_arrays(
         if x.ndim != 4:
             raise ValueError(f"{name}: expected 4 axes (batch, tokens, heads, head_dim), got shape {x.shape}")
         if 0 in x.shape[2:]:
-            raise ValueError(f"{name}: expected heads and features, got shape {x.shape}")
+            raise ValueError(f"{name}: expected at least one head and one feature, got shape {x.shape}")
         check_dtype(name, x)
         if x.dtype != q.dtype and not of_cache:
             raise ValueError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
@@ -112,7 +112,7 @@ def check_axes(
         if amount % (devices := mesh_size(mesh, name, axes)):
             raise ValueError(f"{name}: {amount} {kind} do not divide evenly over the {devices} devices of {axes!r}")
         if both := [axis for axis in axis_names(axes) if axis in used]:
-            raise ValueError(f"{name}: the mesh axis {both[0]!r} has another use already")
+            raise ValueError(f"{name}: the mesh axis {both[0]!r} is already used; give every axis one use")
         used += axis_names(axes)
 
 
@@ -199,7 +199,7 @@ def check_counts(name: str, counts: Any, batch: int | None, least: int, most: in
 
 
 def _is_known(x: Any) -> bool:
-    """Whether the values can be checked: not those of traced arrays, and of arrays that are on other hosts, too."""
+    """Return whether the values can be checked: the array is not traced, and no part of it is on another host."""
     return not isinstance(x, jax.core.Tracer) and (not isinstance(x, jax.Array) or x.is_fully_addressable)
 
 

@@ -33,10 +33,10 @@ from ringrl.attention.mask import Options, Side
 
 
 class Exchange(Protocol):
-    """The way queries and the keys of all devices come together, as hashable static data."""
+    """How the queries of a device meet the keys of all devices. Hashable, since it is static under jit."""
 
     def forward(self, inputs: Inputs, options: Options) -> Partial:
-        """Return attention of this device's queries over the keys of all devices."""
+        """Return attention of this device's queries to the keys of all devices."""
 
     def backward(self, inputs: Inputs, options: Options, cotangents: Cotangents) -> Gradients:
         """Return gradients of this device's queries, and of its keys and values over the queries of all devices."""

@@ -73,11 +73,12 @@ def decode_attention(
       k_cache, v_cache: (B, C, Hkv, D) and (B, C, Hkv, Dv), filled up to `length` (`append_to_cache`). Later slots are
         ignored but must be finite. q is rounded to their dtype.
       length: tokens in the cache, including the new ones: () or, for contexts of different lengths, (B,).
-      prefix: tokens before the cache; P prefixes, P dividing B, each shared by B / P consecutive contexts.
+      prefix: tokens before the cache. P prefixes, where P divides B, are each shared by B / P consecutive contexts.
       local_window_size, scale, logits_soft_cap, sinks, alibi_slopes, return_residual: as for `attention`.
       global_prefix: (B, N) or (N,), as for `attention`.
-      position_of: maps a token's index to its position in the mask; increasing, by default the identity. Index 0 is the
-        prefix's first token. `local_window_size`, `global_prefix` and `alibi_slopes` are in units of these positions.
+      position_of: an increasing function from a token's index to its position in the mask, by default the identity.
+        Index 0 is the first token of the prefix. `local_window_size`, `global_prefix` and `alibi_slopes` are in units
+        of these positions.
       mesh: the devices of a sharded cache, whose capacity axis is striped over `axis_name`; None for one device.
       axis_name, batch_axes, head_axes: mesh axes of the cache's capacity, batch and heads.
 
@@ -246,7 +247,8 @@ def append_to_cache(
     """Write new tokens after the first `length` tokens of a cache, in place if the caller's jit donates the cache.
 
     Arguments as for `decode_attention`, but `length` excludes the new tokens. `grow_cache` raises the capacity.
-    ValueError for invalid shapes, or more tokens than capacity. With a traced `length`, writing beyond is undefined.
+    ValueError for invalid shapes, or more tokens than capacity. With a traced `length`, writing beyond the capacity is
+    undefined.
     """
     if new.shape[1] > cache.shape[1]:
         raise ValueError(f"new: {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")

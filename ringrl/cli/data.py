@@ -62,19 +62,18 @@ def import_(
     --reference-returns, --output and --overwrite.
 
     Args:
-        archives: zip files or folders with buffer/episode_{index}_{length}.npz, of one domain; or one Minari dataset's
-            name or folder, folder of npz files, or flat HDF5 file.
+        archives: zip files or folders of one domain with buffer/episode_{index}_{length}.npz. With another --format:
+            the name or folder of a Minari dataset, a folder of npz files, or a flat HDF5 file.
         domain: walker, cheetah, cartpole, jaco, quadruped or point_mass_maze. Required for an ExoRL archive.
         format: format of ARCHIVES. npz: a file per episode with observation, action, reward and, if known, terminated.
             hdf5: all steps in observations, actions, rewards, terminals and timeouts, as in D4RL.
-        environment: Gymnasium environment of the data, for example Hopper-v5. Default: the one that a Minari dataset
-            names.
-        reference_returns: mean returns of random actions and of an expert, which score 0 and 100. Default: those that a
-            Minari dataset names, or else D4RL's.
+        environment: Gymnasium environment of the data, for example Hopper-v5. Default: that of the Minari dataset.
+        reference_returns: mean returns of random actions and of an expert, which score 0 and 100. Default: those of the
+            Minari dataset, or else D4RL's.
         output: store to write. Default: the archive's name with suffix .h5 (other formats: in the working directory).
             Required for several archives.
         overwrite: replace an existing store.
-        subset: which episodes to take if an archive has more than --max-episodes (spread: at equal distances).
+        subset: episodes to take if an archive has more than --max-episodes (spread: evenly spaced).
         max_episodes: maximum number of episodes of each archive.
         tasks: tasks to compute rewards for. Default: all tasks of the domain. In the maze, any goal in a room is
             possible, for example "point_mass_maze_reach(-0.1,0.25)" (metres).

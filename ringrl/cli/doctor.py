@@ -1,4 +1,4 @@
-"""ringrl doctor: whether this machine computes the right numbers, and how fast."""
+"""ringrl doctor: check that this machine computes the right numbers, and measure its speed."""
 
 import json as json_module
 import os
@@ -21,7 +21,7 @@ PATIENCE = 120  # seconds until the driver of an accelerator counts as hanging
 
 
 class Finding(NamedTuple):
-    """One line of the page."""
+    """One line of the output."""
 
     name: str
     text: str
@@ -29,7 +29,7 @@ class Finding(NamedTuple):
 
 
 def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
-    """Check in a minute or two that this machine computes the right numbers, and measure how fast.
+    """Check in a minute or two that this machine computes the right numbers, and measure its speed.
 
     Attention and its gradients are compared with their definition in float64, a ring over all local devices with one
     device, and the loss of training steps with the CPU's. The exit code is 1 if something is wrong.
@@ -247,7 +247,7 @@ def _training() -> Iterator[Finding]:
     for platform, values in losses.items():
         is_same = all(abs(a - b) <= 0.01 * abs(b) for a, b in zip(values, losses["cpu"], strict=True))
         text = "losses " + ", ".join(f"{value:.5f}" for value in values)
-        yield Finding(platform, text if is_same else f"{text}; the CPU gives others", is_same)
+        yield Finding(platform, text if is_same else f"{text}; the CPU gives other losses", is_same)
 
 
 def _losses(steps: int = 3) -> list[float]:
@@ -313,7 +313,7 @@ def _speed(rates: dict[str, float]) -> Iterator[Finding]:
     dtype, size, tokens = ("float32", 1024, 2048) if is_cpu else ("bfloat16", 8192, 16384)
     sheet = next((one for one in DEVICES.values() if devices[0].device_kind.startswith(one.device_kind)), None)
 
-    def beside(rate: str, attained: float, unit: float) -> str:
+    def assume(rate: str, attained: float, unit: float) -> str:
         """Return what a plan assumes."""
         if is_cpu:
             return ""  # a plan for host devices measures them
@@ -324,16 +324,16 @@ def _speed(rates: dict[str, float]) -> Iterator[Finding]:
 
     x = jnp.ones((size, size), dtype)
     rates["tflops"] = 2 * size**3 / _seconds(jax.jit(jnp.matmul), x, x) / tera
-    yield Finding("matrix product", f"{rates['tflops']:.3g} TFLOP/s, {dtype}{beside('flops', ATTAINED.matrices, tera)}")
+    yield Finding("matrix product", f"{rates['tflops']:.3g} TFLOP/s, {dtype}{assume('flops', ATTAINED.matrices, tera)}")
     q, k = (jax.random.normal(jax.random.key(0), (1, tokens, heads, HEAD_DIM), dtype) for heads in (8, 2))
     gradient = jax.jit(jax.grad(lambda *qkv: attention(*qkv).astype(jnp.float32).sum(), (0, 1, 2)))
     rates["attention"] = 7 * tokens**2 * 8 * HEAD_DIM / _seconds(gradient, q, k, k) / tera
     text = f"{rates['attention']:.3g} TFLOP/s with gradients, causal, {tokens} tokens"
-    yield Finding("attention", text + beside("flops", ATTAINED.attention, tera))
+    yield Finding("attention", text + assume("flops", ATTAINED.attention, tera))
     numbers = jnp.zeros(2**22 if is_cpu else 2**28)
     rates["bandwidth"] = 8 * numbers.size / _seconds(jax.jit(lambda x: x + 1), numbers) / giga
     text = f"{rates['bandwidth']:.3g} GB/s"
-    yield Finding("device memory", text + beside("bandwidth", ATTAINED.memory, giga))
+    yield Finding("device memory", text + assume("bandwidth", ATTAINED.memory, giga))
     rates["link"] = rates["bandwidth"] / 2
     if len(devices) > 1:
         mesh, part = Mesh(np.array(devices), ("seq",)), PartitionSpec("seq")
@@ -343,7 +343,7 @@ def _speed(rates: dict[str, float]) -> Iterator[Finding]:
             jax.shard_map(lambda x: jax.lax.ppermute(x, "seq", around), mesh=mesh, in_specs=part, out_specs=part)
         )
         rates["link"] = 4 * sent.shape[1] / _seconds(hop, sent) / giga
-        yield Finding("between devices", f"{rates['link']:.3g} GB/s{beside('link', ATTAINED.links, giga)}")
+        yield Finding("between devices", f"{rates['link']:.3g} GB/s{assume('link', ATTAINED.links, giga)}")
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     rates |= {"memory": (limit or _host_memory() / len(devices)) / 2**30, "devices": len(devices)}
     per_step = Speed.measure(["walker_walk"]).simulation["walker_walk"]

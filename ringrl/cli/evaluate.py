@@ -1,4 +1,4 @@
-"""ringrl evaluate: rolls policies out in their tasks."""
+"""ringrl evaluate: roll out policies in their tasks."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -42,8 +42,9 @@ def evaluate(
     step_timeout: float = 300.0,
     mesh: MeshConfig = MeshConfig(),
 ) -> None:
-    """Roll policies out. Write a results file with one line per stream of episodes, and a summary.
+    """Roll out policies, and write the return of every episode to a results file.
 
+    A stream is a number of episodes, one after another in one context. The results file has one line per stream.
     Finished evaluations are not repeated.
 
     Args:
@@ -51,9 +52,9 @@ def evaluate(
         tasks: tasks to act in, or all-of-domain; by default the task of each checkpoint.
         environment: Gymnasium environment to act in, instead of --tasks: Hopper-v5, or myenv:Point-v0 for one that the
             module myenv registers.
-        episodes: episodes per stream, one after another in one context.
-        environments: streams, rolled out in lockstep.
-        seed: episode k of stream i starts from environment seed + i * episodes + k.
+        episodes: episodes per stream.
+        environments: number of streams, which are rolled out together.
+        seed: first environment seed. Episode k of stream i starts from seed + i * episodes + k.
         target: target return: best (of the training data), a return in units of the task (800), a multiple of the best
             (0.9x), or a quantile of the data's returns (q0.75); methods without a target return ignore it.
         prompt_trajectories: trajectories of the training data in the context before the first episode.
@@ -93,14 +94,14 @@ def evaluate(
 
     if environment is not None:
         if tasks:
-            raise UserError("--environment: --tasks already says where to act; give only one")
+            raise UserError("--environment: cannot be combined with --tasks; give only one")
         tasks = (environment_task(environment),)
     if checkpoint and prompt_seed and not prompt_trajectories:
         raise UserError("--prompt-seed: no prompt is drawn; give --prompt-trajectories too, or leave it out")
     if step is not None and checkpoint_kind != "last":
         raise UserError("--checkpoint-kind: --step already selects the checkpoint; give only one")
     if (side_by_side or video_format != "mp4" or video_speed != 1) and not video:
-        raise UserError("--side-by-side, --video-format, --video-speed: describe a video; give --video too")
+        raise UserError("--side-by-side, --video-format, --video-speed: need a video; give --video, too")
     if video_speed < 1:
         raise UserError(f"--video-speed: {video_speed} is too small; give at least 1")
     if side_by_side and not (control and episodes > 1):

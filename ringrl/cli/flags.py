@@ -40,7 +40,7 @@ def command_line() -> str:
 def environment_task(text: str) -> str:
     """Return the task of a Gymnasium environment that a user names: "Hopper-v5", or "module:Name-v0".
 
-    A module is imported first, from the working folder, too, so that it can register the environment. Raise UserError
+    A module is imported first, also from the working folder, so that it can register the environment. Raise UserError
     if the module cannot be imported, or if the name is not that of an environment.
     """
     from ringrl.envs import foreign_task, import_environments

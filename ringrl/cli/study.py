@@ -19,8 +19,8 @@ def ablate(
 ) -> None:
     """Train and evaluate all cells of a plan: tasks x methods x context lengths x seeds, and baselines.
 
-    The cost and a rough time are printed first. Every finished cell makes the time more exact. The same command resumes
-    an interrupted ablation, runs failed cells again, and repeats nothing else.
+    The cost and a rough time are printed first. Every finished cell improves the estimate. The same command resumes an
+    interrupted ablation, runs failed cells again, and repeats nothing else.
 
     Args:
         plan: YAML file, or the name of a preset, for example results.
@@ -43,7 +43,7 @@ def ablate(
 
 
 def report(results: tuple[Path, ...] = (), /, *, output: Path = Path("report")) -> None:
-    """Make a page from results: return against context length with intervals, charts and tables for a paper.
+    """Make a page of charts and tables from results: return against context length, with intervals.
 
     Args:
         results: results files (.jsonl or .jsonl.gz), or folders that contain them.
@@ -59,7 +59,7 @@ def report(results: tuple[Path, ...] = (), /, *, output: Path = Path("report")) 
 
 
 def demo(*, output: Path = Path("demo")) -> None:
-    """Collect, train, evaluate, ablate and report for a maze with a hidden goal, in about four minutes on two cores.
+    """Collect, train, evaluate and report for a maze with a hidden goal, in about four minutes on two cores.
 
     Args:
         output: folder of all files of the demo; the same command resumes an interrupted demo.

@@ -113,7 +113,7 @@ def _resumed_run(arguments: cyclopts.ArgumentCollection, file: str, values: Mapp
         return folder
     if is_optional:
         return None
-    raise UserError(f"{folder}: holds no run to resume; give the folder of one, or remove --resume to start a run")
+    raise UserError(f"{folder}: holds no run to resume; give the folder of a run, or remove --resume to start one")
 
 
 def _value(arguments: cyclopts.ArgumentCollection, flag: str) -> str:

@@ -40,11 +40,11 @@ class TrainedPolicy:
     info: RunInfo
     step: int
     parameter_hash: str  # sha256 of the parameters
-    steps_taken: int  # optimiser steps that training took, with those after the best checkpoint
+    steps_taken: int  # optimiser steps of training, including those after the best checkpoint
     parallel: Parallel = ONE_DEVICE  # divides its contexts
 
     def player(self, **settings: Any) -> "Player":
-        """Return a `Player`, which acts step by step in your own loop. It takes the settings `target`, `prompt`, ..."""
+        """Return a `Player`, which acts step by step in your own loop. Settings are those of `Player`."""
         return Player(self, **settings)
 
     def __repr__(self) -> str:
@@ -54,11 +54,12 @@ class TrainedPolicy:
 
 
 class Player:
-    """Acts in environments with the policy's spaces and remembers what it has seen.
+    """A trained policy that acts step by step in your own loop and remembers all earlier steps.
 
     Observations and rewards are in the environment's units. Actions are in [-1, 1], as the environments of
-    `ringrl.envs.make` take them, with a number for each choice if actions are discrete. The player keeps return-to-go,
-    completion and positions itself. The episodes of a batch may end at different steps. The memory grows until `clear`.
+    `ringrl.envs.make` take them, with a number for each choice if actions are discrete. The player computes
+    return-to-go, completion and positions itself. The episodes of a batch may end at different steps. The memory grows
+    until `clear`.
 
         player = load_policy("runs/at").player()
         observation, _ = environment.reset()
@@ -72,9 +73,9 @@ class Player:
         trained: the policy.
         target: return to aim for: "best", a number, "0.9x" (of the best) or "q0.75" (a quantile of the data's returns).
         prompt: number of dataset trajectories that the policy sees before its first episode, or a context (1, T, ...).
-        prompt_seed: seed with which they are drawn.
+        prompt_seed: seed of the random draw of the prompt.
         batch: number of environments.
-        task: None: the task of the run.
+        task: task to act in. None: the task of the run.
         data: path of the run's dataset if it was moved. It is read for a prompt, a quantile, or another task's target.
 
     Raises:
@@ -146,7 +147,7 @@ class Player:
             raise UserError(f"reward: {rewards.tolist()} is not finite")
         ends = np.array(np.broadcast_to(np.logical_or(terminated, truncated), self._batch))
         if self._is_segmented and ends.any() != ends.all():
-            raise UserError("observe: a policy of segments ends all episodes of a batch together; use one player each")
+            raise UserError("observe: with segments, all episodes of a batch must end together; use one player each")
         is_last = ends if self._length is None else ends | (self._live.timestep + 1 == self._length)
         self._actor.observe(self._live.observe(self._pending, rewards, is_last))
         self._live.begin_next(ends)
