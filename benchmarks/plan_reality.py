@@ -24,7 +24,7 @@ from random_data import random_context
 from ringrl.model import make_agent, make_policy
 from ringrl.planning.machines import GIB, Machine, find_machine, measure_host
 from ringrl.planning.memory import memory_of
-from ringrl.planning.roofline import estimate
+from ringrl.planning.roofline import step_time
 from ringrl.planning.workload import ACTION, OBSERVATION, Workload, find_model
 from ringrl.training.mesh import make_parallel
 
@@ -51,7 +51,7 @@ def run(workload: Workload, machine: Machine, steps: int) -> dict[str, Any]:
     memory = compiled.memory_analysis()
 
     def plan() -> float:
-        return estimate(workload, measure_host(machine, config.model) if is_cpu else machine).total
+        return step_time(workload, measure_host(machine, config.model) if is_cpu else machine).total
 
     compiled_before = peak_bytes() if is_cpu else 0.0
     plans = [plan()]
