@@ -92,7 +92,8 @@ class Work:
     def check(self) -> None:
         """Raise UserError if the folder belongs to other work.
 
-        More episodes, prompts or test tasks, or the best checkpoint after the last one, are the same work.
+        More episodes, prompts or test tasks, or the best checkpoint after the last one, are the same work. Episodes
+        that several prompts share must stay, since their starts would be divided anew.
         """
         path = self.folder / CELL
         if not path.exists():
@@ -105,9 +106,10 @@ class Work:
             raise UserError(f"{path}: was edited or damaged ({error}); remove it if the plan is unchanged") from error
         about = {"checkpoint": "last", **self.about}
         extensible = {"test_trajectories", "test_tasks", "prompts", "prompt_baselines"}
+        are_shared = ((known.get("prompts") or {}).get("draws") or 1) > 1
         for name in sorted(about.keys() & known.keys() - extensible):
             was, now = known[name], about[name]
-            is_more = name == "episodes" and isinstance(was, int) and now > was
+            is_more = name == "episodes" and isinstance(was, int) and now > was and not are_shared
             if was != now and not is_more:
                 raise UserError(f"{path}: {name} was {was}, but is {now} in the plan; give another output")
 

@@ -116,6 +116,7 @@ def _run_all(
     and share the folder of compiled programs.
     """
     workers, waiting = min(workers, len(todo)), list(todo)
+    others = multiprocessing.active_children()  # of the caller
     spawn = multiprocessing.get_context("spawn")  # not forked: JAX's threads may hold locks at that moment
 
     def process(number: int) -> ProcessPoolExecutor:
@@ -141,7 +142,8 @@ def _run_all(
                 yield one, why
     finally:
         for child in multiprocessing.active_children():
-            child.kill()
+            if child not in others:
+                child.kill()
         for pool in pools.values():
             pool.shutdown(cancel_futures=True)
 

@@ -322,6 +322,10 @@ def test_finished_cells_are_recognised(write_plan) -> None:
         assert not other.is_finished
         with pytest.raises(UserError, match=words):
             other.check()
+    finish(prompted)
+    with pytest.raises(UserError, match="episodes was 4, but is 8 in the plan"):  # draws divide the starts
+        make(prompts={"trajectories": [0, 1], "draws": 2}, episodes=8).check()
+    finish(cell)
     whole = (cell.folder / "evaluation.jsonl").read_text()
     for damaged in ("", whole.replace("1.0", "2.0")):
         (cell.folder / "evaluation.jsonl").write_text(damaged)
