@@ -112,7 +112,7 @@ def check_axes(
         if amount % (devices := mesh_size(mesh, name, axes)):
             raise ValueError(f"{name}: {amount} {kind} do not divide evenly over the {devices} devices of {axes!r}")
         if both := [axis for axis in axis_names(axes) if axis in used]:
-            raise ValueError(f"{name}: the mesh axis {both[0]!r} is already used; give every axis one use")
+            raise ValueError(f"{name}: the mesh axis {both[0]!r} has another use; give every axis one use")
         used += axis_names(axes)
 
 
