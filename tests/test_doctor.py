@@ -64,8 +64,8 @@ MUTATIONS = {
 @pytest.fixture
 def one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check one mask in float32, to save time."""
-    masks = module._masks()
-    monkeypatch.setattr(module, "_masks", lambda: {"segments": masks["segments"]})
+    masks = module._masks(256)
+    monkeypatch.setattr(module, "_masks", lambda tokens: {"segments": masks["segments"]})
     monkeypatch.setattr(module, "LIMITS", {"float32": module.LIMITS["float32"]})
 
 
@@ -131,7 +131,8 @@ def test_one_line_per_failure_and_exit_code_1(monkeypatch, tmp_path, capsys):
         raise RuntimeError("the driver\nis gone")
 
     def speed(rates: dict[str, float]) -> Iterator[Finding]:
-        rates |= {"tflops": 2.0, "attention": 1.5, "bandwidth": 30.0, "link": 10.0, "memory": 16.0, "devices": 4}
+        rates |= {"tflops": 2.0, "attention": 1.5, "bandwidth": 30.0, "link": 10.0, "memory": 16.0}
+        rates |= {"device_kind": "TPU v4", "devices": 4}
         yield Finding("matrix product", "2 TFLOP/s")
 
     for name, section in {
@@ -151,9 +152,10 @@ def test_one_line_per_failure_and_exit_code_1(monkeypatch, tmp_path, capsys):
     assert sum(not line["is_fine"] for line in json.loads((tmp_path / "found.json").read_text())) == 3
     machine = find_machine(str(tmp_path / "machine.yaml"))
     assert (machine.devices, machine.device.flops, machine.measured.attention) == (4, 2e12, 0.75)
+    assert machine.device.platform == "tpu"
     arguments = ["plan", "--model", "tiny", "--machine", str(tmp_path / "machine.yaml"), "--tokens", "4096"]
     main([*arguments, "--method", "formula"])
-    assert "machine.yaml: 4 x custom, 16.00 GiB each" in capsys.readouterr().out
+    assert "machine.yaml: 4 x TPU v4, 16.00 GiB each" in capsys.readouterr().out
     (tmp_path / "machine.yaml").write_text("tflops: 1\n# end\n")
     with pytest.raises(SystemExit):
         main(arguments)

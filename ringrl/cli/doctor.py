@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 MAIN = ("jax", "flax", "optax", "numpy", "mujoco", "dm_control", "gymnasium")  # packages that are shown
-TOKENS, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 64  # of the checked cases
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64  # of the checked cases
 LIMITS = {"float32": 1e-4, "bfloat16": 0.03}  # errors relative to the largest number of an array
 PATIENCE = 120  # seconds until the driver of an accelerator counts as hanging
 
@@ -49,7 +49,7 @@ def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
             pass
     _await_devices()
     os.environ["RINGRL_KERNEL_CHECK"] = "off"  # the doctor checks kernels itself, without a fallback to plain XLA
-    console, found, rates = Console(highlight=False), list[Finding](), dict[str, float]()
+    console, found, rates = Console(highlight=False), list[Finding](), dict[str, Any]()
     sections: dict[str, Callable[[], Iterator[Finding]]] = {
         "This machine": _machine,
         "Attention against its definition": _attention,
@@ -113,11 +113,13 @@ def _machine() -> Iterator[Finding]:
             yield Finding(name, version)
     import jax
 
+    from ringrl.planning.machines import host_memory
+
     devices = jax.local_devices()
     known = (devices[0].memory_stats() or {}).get("bytes_limit")
     each = f", {known / 2**30:.1f} GiB each" if known else ""
     yield Finding("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){each}")
-    yield Finding("host", f"{len(os.sched_getaffinity(0))} cores, {_host_memory() / 2**30:.0f} GiB of memory")
+    yield Finding("host", f"{len(os.sched_getaffinity(0))} cores, {host_memory() / 2**30:.0f} GiB of memory")
     yield Finding("open files", f"at most {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}")
     yield Finding("disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free in this folder")
     yield Finding("pictures", _pictures())
@@ -138,17 +140,17 @@ def _pictures() -> str:
     return f"OpenGL renders {shape[1]} x {shape[0]} pixels"
 
 
-def _masks() -> dict[str, dict[str, Any]]:
+def _masks(tokens: int) -> dict[str, dict[str, Any]]:
     import numpy as np
 
-    place = np.arange(TOKENS)
+    place = np.arange(tokens)
     return {
         "causal": {},
         "full": {"is_causal": False},
         "window": {"is_causal": False, "local_window_size": (40, 7)},
         "window and prefix": {"local_window_size": (5, 0), "global_prefix": place // 100 * 100},
         "segments": {"segment_ids": place // 90},
-        "positions": {"positions": (place * 7) % TOKENS},
+        "positions": {"positions": (place * 7) % tokens},
         "soft cap": {"logits_soft_cap": 2.0},
     }
 
@@ -163,13 +165,15 @@ def _attention() -> Iterator[Finding]:
     from ringrl.attention.kernels import native_to
     from ringrl.attention.mask import Rule
 
-    random, place = np.random.default_rng(0), np.arange(TOKENS)
-    drawn = {name: random.normal(size=shape) for name, shape in _shapes(TOKENS).items()}
-    yield Finding("kernel", native_to(jax.local_devices()[0]))
+    kernel = native_to(jax.local_devices()[0])
+    tokens = 256 if kernel == "xla" else 1200  # several tiles
+    random, place, masks = np.random.default_rng(0), np.arange(tokens), _masks(tokens)
+    drawn = {name: random.normal(size=shape) for name, shape in _shapes(tokens).items()}
+    yield Finding("kernel", kernel)
     for dtype, limit in LIMITS.items():
         arrays = {name: jnp.asarray(x, "float32" if name == "dlse" else dtype) for name, x in drawn.items()}
         errors = dict[str, float]()
-        for mask, options in _masks().items():
+        for mask, options in masks.items():
             run = jax.jit(lambda given, options=options: _with_gradients(attention, given, options))
             side = options.get("positions", place)[None], options.get("segment_ids", 0 * place)[None]
             prefix = [options["global_prefix"][None]] if "global_prefix" in options else []
@@ -184,7 +188,7 @@ def _attention() -> Iterator[Finding]:
                     text = f"{name} differs by {error:.1e} of its largest number"
                     yield Finding(f"{dtype}, {mask}", text, is_fine=False)
         shown = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
-        yield Finding(dtype, f"{len(_masks())} masks; largest relative errors: {shown}")
+        yield Finding(dtype, f"{len(masks)} masks; largest relative errors: {shown}")
 
 
 def _shapes(tokens: int) -> dict[str, tuple[int, ...]]:
@@ -291,26 +295,18 @@ def _losses_on_cpu() -> list[float]:
     return losses
 
 
-def _host_memory() -> float:
-    """Return the bytes of this host's memory."""
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def _speed(rates: dict[str, float]) -> Iterator[Finding]:
-    """Measure, and fill `rates` for a plan (`ringrl.planning.machines.Rates`)."""
+def _speed(rates: dict[str, Any]) -> Iterator[Finding]:
+    """Measure all devices at once, and fill `rates` for a plan (`ringrl.planning.machines.Rates`)."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from ringrl.attention import attention
-    from ringrl.planning.machines import DEVICES
+    from ringrl.planning.machines import DEVICES, host_memory, rates_of, seconds_on
     from ringrl.planning.roofline import ATTAINED
     from ringrl.study.cost import Speed
 
     devices, giga, tera = jax.local_devices(), 1e9, 1e12
-    is_cpu = devices[0].platform == "cpu"
-    dtype, size, tokens = ("float32", 1024, 2048) if is_cpu else ("bfloat16", 8192, 16384)
+    count, is_cpu = len(devices), devices[0].platform == "cpu"
+    dtype, size, tokens, numbers = ("float32", 1024, 1024, 2**22) if is_cpu else ("bfloat16", 8192, 16384, 2**28)
     sheet = next((one for one in DEVICES.values() if devices[0].device_kind.startswith(one.device_kind)), None)
 
     def assume(rate: str, attained: float, unit: float) -> str:
@@ -322,38 +318,20 @@ def _speed(rates: dict[str, float]) -> Iterator[Finding]:
         peak = getattr(sheet, rate)
         return f"; a plan assumes {attained * peak / unit:.3g}, {attained:.0%} of the data sheet's {peak / unit:.3g}"
 
-    x = jnp.ones((size, size), dtype)
-    rates["tflops"] = 2 * size**3 / _seconds(jax.jit(jnp.matmul), x, x) / tera
+    found = rates_of(devices, jnp.dtype(dtype), (size,) * 3, (tokens, 8, 2, HEAD_DIM), numbers)
+    flops, attended, moved = (rate / count for rate in found)
+    rates |= {"tflops": flops / tera, "attention": attended / tera, "bandwidth": moved / giga, "link": moved / 2 / giga}
     yield Finding("matrix product", f"{rates['tflops']:.3g} TFLOP/s, {dtype}{assume('flops', ATTAINED.matrices, tera)}")
-    q, k = (jax.random.normal(jax.random.key(0), (1, tokens, heads, HEAD_DIM), dtype) for heads in (8, 2))
-    gradient = jax.jit(jax.grad(lambda *qkv: attention(*qkv).astype(jnp.float32).sum(), (0, 1, 2)))
-    rates["attention"] = 7 * tokens**2 * 8 * HEAD_DIM / _seconds(gradient, q, k, k) / tera
     text = f"{rates['attention']:.3g} TFLOP/s with gradients, causal, {tokens} tokens"
     yield Finding("attention", text + assume("flops", ATTAINED.attention, tera))
-    numbers = jnp.zeros(2**22 if is_cpu else 2**28)
-    rates["bandwidth"] = 8 * numbers.size / _seconds(jax.jit(lambda x: x + 1), numbers) / giga
-    text = f"{rates['bandwidth']:.3g} GB/s"
-    yield Finding("device memory", text + assume("bandwidth", ATTAINED.memory, giga))
-    rates["link"] = rates["bandwidth"] / 2
-    if len(devices) > 1:
-        mesh, part = Mesh(np.array(devices), ("seq",)), PartitionSpec("seq")
-        sent = jax.device_put(jnp.zeros((len(devices), 2**20 if is_cpu else 2**26)), NamedSharding(mesh, part))
-        around = [(index, (index + 1) % len(devices)) for index in range(len(devices))]
-        hop = jax.jit(
-            jax.shard_map(lambda x: jax.lax.ppermute(x, "seq", around), mesh=mesh, in_specs=part, out_specs=part)
-        )
-        rates["link"] = 4 * sent.shape[1] / _seconds(hop, sent) / giga
+    yield Finding("device memory", f"{rates['bandwidth']:.3g} GB/s{assume('bandwidth', ATTAINED.memory, giga)}")
+    if count > 1:
+        sent, around = jnp.zeros((count, numbers // 4)), [(index, (index + 1) % count) for index in range(count)]
+        hop = seconds_on(devices, lambda x: jax.lax.ppermute(x, "device", around), sent)
+        rates["link"] = numbers / hop / giga
         yield Finding("between devices", f"{rates['link']:.3g} GB/s{assume('link', ATTAINED.links, giga)}")
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-    rates |= {"memory": (limit or _host_memory() / len(devices)) / 2**30, "devices": len(devices)}
+    each = (limit or host_memory() / count) / 2**30
+    rates |= {"memory": each, "device_kind": devices[0].device_kind, "devices": count}
     per_step = Speed.measure(["walker_walk"]).simulation["walker_walk"]
     yield Finding("simulation", f"{1 / per_step:,.0f} steps of walker_walk per second")
-
-
-def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """Return the shortest time of several calls."""
-    import jax
-
-    from ringrl.study.cost import least_seconds
-
-    return least_seconds(lambda: jax.block_until_ready(function(*arguments)), 6)

@@ -61,6 +61,6 @@ def plan(
         if where.device.platform == "cpu":
             with contextlib.suppress(RuntimeError):  # JAX is initialised already; the plan reports its devices
                 jax.config.update("jax_num_cpu_devices", where.devices)
-            where = measure_host(where, config.model)
+            where = where if where.measured else measure_host(where, config.model)
         made = make_plan(config, where, length, mesh=chosen, method=method, notice=lambda line: status.update(line))
     print(describe(made))

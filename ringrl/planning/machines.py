@@ -1,5 +1,6 @@
 """Machines: compute, memory and link rates per device, from data sheets or measured, and the attention kernel."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -26,6 +27,7 @@ from ringrl.config_files import one_line, read_yaml
 from ringrl.errors import UserError
 
 GIB = 2.0**30
+CGROUPS = Path("/sys/fs/cgroup")
 MOST_DEVICES, MOST_HOST_DEVICES = 2**16, 64
 GPU_SHARE = 0.95  # of a GPU's memory, the rest for CUDA and NCCL; JAX takes 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION
 
@@ -45,6 +47,8 @@ class Device:
 class Rates(Section):
     """A machine in a file, written by a user or by `ringrl doctor --save`."""
 
+    device_kind: str = "custom"
+    """jax.devices()[0].device_kind, such as "TPU v4" or "cpu"."""
     devices: int = Field(8, ge=1, le=MOST_DEVICES)
     """Number of devices."""
     memory: float = Field(gt=0)
@@ -157,7 +161,8 @@ def custom_machine(rates: Rates, name: str) -> Machine:
     """Return the machine of a user's or measured numbers."""
     tera, giga = 1e12, 1e9
     memory, flops = rates.memory * GIB, rates.tflops * tera
-    device = Device("custom", "gpu", flops, memory, rates.bandwidth * giga, rates.link * giga)
+    platform = {"TPU": "tpu", "cpu": "cpu"}.get(rates.device_kind[:3], "gpu")
+    device = Device(rates.device_kind, platform, flops, memory, rates.bandwidth * giga, rates.link * giga)
     measured = None if rates.attention is None else Attained(1.0, rates.attention * tera / flops, 1.0, 1.0)
     return Machine(name, device, rates.devices, measured=measured)
 
@@ -188,47 +193,71 @@ def measure_host(machine: Machine, model: ModelConfig) -> Machine:
 
     As in a step, each measurement runs on all host devices at once. A single device would use the cores worse.
     """
-    matrices, attended, moved = (rate / machine.devices for rate in _rates(model))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / machine.devices
+    devices, heads = jax.local_devices(backend="cpu"), (model.heads, model.kv_heads, model.width // model.heads)
+    sizes = (ROWS, model.width, model.feed_forward * model.width), (TOKENS, *heads), NUMBERS
+    matrices, attended, moved = (rate / machine.devices for rate in rates_of(devices, jnp.dtype(model.dtype), *sizes))
     # A hop reads and writes.
-    device = dataclasses.replace(machine.device, flops=matrices, memory=memory, bandwidth=moved, link=moved / 2)
+    device = Device("cpu", "cpu", matrices, host_memory() / machine.devices, moved, moved / 2)
     return dataclasses.replace(machine, device=device, measured=Attained(1.0, attended / matrices, 1.0, 1.0))
 
 
-def _rates(model: ModelConfig) -> tuple[float, float, float]:
-    """Return operations per second of a matrix product and of attention, and bytes per second, over all cores."""
-    dtype, hidden = jnp.dtype(model.dtype), model.feed_forward * model.width
-    head_dim = model.width // model.heads
+def host_memory() -> float:
+    """Return the bytes of this host's memory, or of the limit of its container or job (cgroup 2)."""
+    most = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    path = Path("/proc/self/cgroup")
+    group = CGROUPS / (path.read_text() if path.exists() else "").rpartition("::/")[2].strip()
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+            most = min(most, float(int((folder / "memory.max").read_text())))
+    return most
+
+
+def rates_of(
+    devices: list[Any],
+    dtype: jnp.dtype,
+    product: tuple[int, int, int],
+    attended: tuple[int, int, int, int],
+    numbers: int,
+) -> tuple[float, float, float]:
+    """Return operations per second of a matrix product and of attention, and bytes per second, over all devices.
+
+    Args:
+      product: rows, width and columns.
+      attended: tokens, heads, key heads and head_dim.
+      numbers: float32 numbers that a device reads and writes.
+    """
+    (rows, width, columns), (tokens, heads, kv_heads, head_dim) = product, attended
+    count = len(devices)
 
     def normal(*shape: int) -> jax.Array:
-        return jax.random.normal(jax.random.key(0), shape).astype(dtype)
+        return jax.random.normal(jax.random.key(0), (count, *shape), dtype)
 
     def gradients(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
         return jax.grad(lambda *x: attention(*x, is_causal=True).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
 
-    count = len(jax.local_devices(backend="cpu"))
-    product = _seconds(jnp.matmul, normal(count, ROWS, model.width), normal(count, model.width, hidden))
-    q, kv = normal(count, TOKENS, model.heads, head_dim), normal(count, TOKENS, model.kv_heads, head_dim)
-    attended = _seconds(gradients, q, kv, kv)
-    moved = _seconds(lambda x: x + 1, jnp.zeros((count, NUMBERS)))
-    one_product = TOKENS**2 * model.width  # over all heads, half of it due to the causal mask
+    kv = normal(tokens, kv_heads, head_dim)
+    one_product = tokens**2 * heads * head_dim  # half of it due to the causal mask
+    multiplied = seconds_on(devices, jnp.matmul, normal(rows, width), normal(width, columns))
     return (
-        count * 2 * ROWS * model.width * hidden / product,
-        count * PRODUCTS * one_product / attended,
-        count * 8 * NUMBERS / moved,
+        count * 2 * rows * width * columns / multiplied,
+        count * PRODUCTS * one_product / seconds_on(devices, gradients, normal(tokens, heads, head_dim), kv, kv),
+        count * 8 * numbers / seconds_on(devices, lambda x: x + 1, jnp.zeros((count, numbers))),
     )
 
 
-def _seconds(function: Callable[..., Any], *arguments: jax.Array) -> float:
-    """Return the median seconds of a function over all host devices, sharded along the arguments' first axis."""
-    mesh, axis = Mesh(np.array(jax.local_devices(backend="cpu")), ("device",)), PartitionSpec("device")
+def seconds_on(devices: list[Any], function: Callable[..., Any], *arguments: jax.Array) -> float:
+    """Return the median seconds of a function on all devices at once, sharded along the arguments' first axis."""
+    mesh, axis = Mesh(np.array(devices), ("device",)), PartitionSpec("device")
     arguments = tuple(jax.device_put(x, NamedSharding(mesh, axis)) for x in arguments)
     shared = jax.shard_map(function, mesh=mesh, in_specs=axis, out_specs=axis, check_vma=False)
     compiled = jax.jit(shared).lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))
+    calls = 1 if devices[0].platform == "cpu" else 10  # an accelerator's first call hides the start of the others
     seconds = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        seconds.append(time.perf_counter() - began)
+        for _ in range(calls):
+            found = compiled(*arguments)
+        jax.block_until_ready(found)
+        seconds.append((time.perf_counter() - began) / calls)
     return statistics.median(seconds)

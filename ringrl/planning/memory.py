@@ -109,7 +109,8 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
     blocks = math.ceil(tokens / model.block_tokens) if workload.is_in_blocks else 1
     at_once = math.ceil(tokens / blocks) if model.remat != "none" or blocks > 1 else 0  # else counted as activations
     units = model.feed_forward * model.width / mesh.tensor
-    shared = (1 + model.kv_heads / model.heads) / 2  # half of the other buffers are keys and values
+    # Half of the other buffers are keys and values. Exchanged heads take the place of those that grouping saves.
+    shared = 1.0 if strategy == "ulysses" else (1 + model.kv_heads / model.heads) / 2
     feed_forward = (
         contexts * (tokens * working.width * model.width * shared + at_once * working.hidden * units) * bytes_each
     )

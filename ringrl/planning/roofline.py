@@ -66,7 +66,7 @@ def step_time(workload: Workload, machine: Machine, *, hops_hide: bool = True) -
     matrices = (3 * (forward - pairs) + _again(workload, forward - pairs)) / (device.flops * attained.matrices)
     one_product = pairs / _FORWARD_PRODUCTS / (device.flops * attained.attention)
     forward_kernels, backward_kernels = _FORWARD_PRODUCTS * one_product, _BACKWARD_PRODUCTS * one_product
-    if kernel_of(model, device) in ("xla", "cudnn"):
+    if machine.measured or kernel_of(model, device) in ("xla", "cudnn"):  # the measured rate counts five products
         backward_kernels = _BACKWARD_PRODUCTS_IN_ONE_LOOP * one_product
     if model.attention == "vanilla":  # computes hidden logits too, and recomputes them with remat
         times = 1 if model.remat == "none" else 2

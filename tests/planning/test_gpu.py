@@ -53,7 +53,7 @@ def gpus_are_of_cuda() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("kind", "major", "cores", "shared"),
-    [("NVIDIA H200", 9, 132, 232448), ("NVIDIA A100", 8, 108, 166912)],  # our kernel and plain XLA
+    [("NVIDIA H200", 9, 132, 232448), ("NVIDIA A100", 8, 108, 166912)],  # our kernel and cuDNN
 )
 def test_formula_is_within_10_percent_of_the_compiler(kind, major, cores, shared):
     workload = Workload(find_model("7b"), 8192 * 8).with_settings("mesh", seq=8).with_settings("model", layers=4)

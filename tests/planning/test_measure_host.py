@@ -19,7 +19,7 @@ def small(monkeypatch):
     monkeypatch.setattr(machines, "TOKENS", 256)
     monkeypatch.setattr(machines, "NUMBERS", 2**16)
     monkeypatch.setattr(
-        machines, "_seconds", lambda function, *arguments: (jax.eval_shape(function, *arguments), 0.5)[1]
+        machines, "seconds_on", lambda devices, function, *arguments: (jax.eval_shape(function, *arguments), 0.5)[1]
     )
     return find_model("small").model
 
@@ -34,9 +34,13 @@ def test_rates_per_device(small):
     assert machine.measured.attention * machine.device.flops == pytest.approx(count * 3.5 * forward / 0.5 / 8)
 
 
-def test_memory_per_device(small):
+def test_memory_per_device(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(machines, "CGROUPS", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert measure_host(find_machine("cpu-4"), small).device.memory == whole / 4
+    (tmp_path / "memory.max").write_text("4096\n")
+    assert measure_host(find_machine("cpu-4"), small).device.memory == 1024
 
 
 def test_estimate_uses_measured_rates(small):
@@ -52,5 +56,5 @@ def test_estimate_uses_measured_rates(small):
 def test_seconds_exclude_compilation():
     x = jnp.ones((8, 8, 8))  # eight devices at most
     calls = []
-    assert machines._seconds(lambda x: (calls.append(1), x @ x)[1], x) > 0
+    assert machines.seconds_on(jax.devices("cpu")[:8], lambda x: (calls.append(1), x @ x)[1], x) > 0
     assert len(calls) == 1  # traced once

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 
 from ringrl.planning.ahead_of_time import compile_step
-from ringrl.planning.machines import find_machine
+from ringrl.planning.machines import GIB, find_machine
 from ringrl.planning.memory import listed_tiles_fit, longest_context, memory_of
 from ringrl.planning.workload import Workload, find_model
 
@@ -18,6 +18,21 @@ CASES = {
     "ulysses": (4096, {"seq": 8}, 1, {"strategy": "ulysses", "heads": 8, "kv_heads": 4}),
     "without remat": (4096, {"seq": 8}, 1, {"remat": "none", "layers": 4, "block_tokens": 256}),
 }
+
+COMPILED = [  # 7B, ulysses: machine, layers, key heads, tokens per chip, GiB per chip by libtpu 0.0.42.1
+    ("tpu-v5e-8", 4, 32, 8192, 3.428),
+    ("tpu-v4-16", 4, 8, 8192, 3.243),
+    ("tpu-v5p-16", 4, 4, 8192, 3.252),
+    ("tpu-v5p-16", 2, 32, 32768, 4.816),
+]
+
+
+@pytest.mark.parametrize(("name", "layers", "kv_heads", "tokens", "compiled"), COMPILED)
+def test_ulysses_is_close_to_the_compiler_for_tpus(name, layers, kv_heads, tokens, compiled):
+    workload = Workload(find_model("7b"), 8 * tokens, find_machine(name).device.device_kind)
+    workload = workload.with_settings("model", strategy="ulysses", layers=layers, kv_heads=kv_heads)
+    total = memory_of(workload.with_settings("mesh", seq=8), "tpu").total
+    assert total / GIB == pytest.approx(compiled, rel=0.1)
 
 
 # The formula is calibrated on JAX 0.10; the compiler of 0.12 takes an eighth more for the small ring.

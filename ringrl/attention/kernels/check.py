@@ -26,8 +26,7 @@ from ringrl.attention.kernels import xla
 from ringrl.attention.mask import Options, Rule, Side
 from ringrl.attention.strategy import DeviceKind
 
-# The repository has no public address yet.
-REPORT = "please report it on the issue page of RingRL, with the output of ringrl doctor"
+REPORT = "please report it to the maintainers of RingRL, with doctor.json of ringrl doctor --json doctor.json"
 BATCH, KV_HEADS, GROUPS, TOKENS = 2, 2, 2, 1200
 WINDOW, CAP = (5, 2), 2.0  # checked instead of the call's own window and soft cap
 LIMITS = {"float32": 1e-4}  # errors relative to the largest number of an array, as for `ringrl doctor`
