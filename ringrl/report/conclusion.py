@@ -21,8 +21,8 @@ from ringrl.report.tables import (
     scores_of,
 )
 
-RIVAL = "Another method"
-"""Subject of the comparisons between methods."""
+RIVAL, LENGTH, MEMORY = "Another method", "A longer context", "Memory across episodes"
+"""Subjects of comparisons: between methods, between lengths, and with the control."""
 ENOUGH_SEEDS = 4
 """Least number of training seeds a side for a verdict of higher or lower."""
 _NAMED = 4  # names in a list of many
@@ -32,10 +32,10 @@ _RISE = 0.05  # least rise of a held-out loss that counts, as a fraction of the 
 def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """Return the comparisons of a report, one per row.
 
-    For each task and method, the longest context is compared with the shortest, with each trained method without
-    context, and with the same length of the method whose variant it is. A method with one length is compared with its
-    control instead of the shortest. The longest prompt is compared with the shortest, from the same starts, and with
-    the method's own controls of its length: changed prompts, and policies made of the prompt alone.
+    For each task and method, the longest context is compared with the shortest, with its control (memory reset), with
+    each trained method without context, and with the method whose variant it is, at the longest length that both have.
+    The longest prompt is compared with the shortest, from the same starts, and with the method's own controls of its
+    length: changed prompts, and policies made of the prompt alone.
 
     The largest difference comes first. Columns: task, method, subject, compared, before and after (interquartile
     means), change, low, high, detectable, p, wins (the probability that a run after beats a run before), wins_low,
@@ -44,7 +44,7 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     runs, paired = run_scores(results), run_scores(results, "paired")
     prompts = prompt_returns(results[results["kind"] == "context"])
     curves = table[table["length"].notna()].groupby(["task", "method"])
-    rows = [_compare(runs, paired, group) for _, group in curves]
+    rows = [row for _, group in curves for row in _compare(runs, paired, group)]
     rows += [_compare_methods(runs, cell, other) for cell, other in _rivals(table)]
     key = ["task", "method", "train_trajectories", "test_trajectories"]
     rows += [_compare_prompts(group) for _, group in prompts.groupby(key)]
@@ -69,15 +69,15 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("change", key=np.abs, ascending=False, kind="stable", ignore_index=True)
 
 
-def _compare(runs: pd.DataFrame, paired: pd.DataFrame, cells: pd.DataFrame) -> dict[str, Any]:
-    shortest, longest = ends_of_curve(cells)
+def _compare(runs: pd.DataFrame, paired: pd.DataFrame, cells: pd.DataFrame) -> list[dict[str, Any]]:
+    (shortest, longest), rows = ends_of_curve(cells), []
     if shortest.name != longest.name:
         sides = scores_of(runs, longest), scores_of(runs, shortest)
-        return _row(longest, "A longer context", _between(shortest, longest), *sides)
+        rows.append(_row(longest, LENGTH, _between(shortest, longest), *sides))
     kept, reset = (scores_of(paired, longest, memory=memory) for memory in (True, False))
     if longest["test_trajectories"] > 1 and len(kept):
-        return _row(longest, "Memory across episodes", f"memory reset to kept, {context_label(longest)}", kept, reset)
-    return _row(longest, "Context", context_label(longest))
+        rows.append(_row(longest, MEMORY, f"memory reset to kept, {context_label(longest)}", kept, reset))
+    return rows or [_row(longest, "Context", context_label(longest))]
 
 
 def _rivals(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.Series]]:
@@ -87,10 +87,10 @@ def _rivals(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.Series]]:
         for _, other in others[~others["family"].isin(["random", "data"])].iterrows():
             yield cell, other
         lengths = ["train_trajectories", "test_trajectories", "prompt_trajectories"]
-        same = table[(table["task"] == task) & (table[lengths] == cell[lengths]).all(axis=1)]
         base = METHODS[cell["family"]].title if cell["family"] in METHODS else method
-        for _, other in same[(same["method"] == base) & (base != method)].iterrows():
-            yield cell, other
+        bases = table[(table["task"] == task) & (table["method"] == base) & (base != method)]
+        pairs = [(own, other) for _, own in group.iterrows() for _, other in bases.iterrows()]
+        yield from [pair for pair in pairs if (pair[0][lengths] == pair[1][lengths]).all()][-1:]
     prompted = table[(table["kind"] == "context") & (table["prompt_trajectories"] > 0)]
     for (task, _), group in prompted.groupby(["task", "method"]):
         cell = group.sort_values(["train_trajectories", "prompt_trajectories"]).iloc[-1]
@@ -123,6 +123,8 @@ def _row(cell: pd.Series, subject: str, compared: str, *sides: pd.Series) -> dic
 def headline(found: pd.DataFrame, like_random: Sequence[str]) -> str:
     """Return the conclusion in one sentence, from `verdicts` and `tasks_like_random`."""
     found = found[found["subject"] != RIVAL]
+    if (found["subject"] == LENGTH).any():  # a policy may need memory, and not beat a shorter context
+        found = found[found["subject"] != MEMORY]
     if found.empty:
         return "No rollouts show whether context helps."
     compared = found[found["verdict"] != "not compared"]

@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 
 from ringrl.report.conclusion import (
+    LENGTH,
+    MEMORY,
     RIVAL,
     against_rivals,
     headline,
@@ -26,7 +28,10 @@ class Summary:
         found = verdicts(results, table)
         self.like_random = tasks_like_random(results, table)
         self.headline = headline(found, self.like_random)
-        self.verdicts = found[found["subject"] != RIVAL].to_dict("records")
+        subjects = found["subject"]
+        self.memory = found[subjects == MEMORY].to_dict("records")
+        others = (RIVAL, MEMORY) if (subjects == LENGTH).any() else (RIVAL,)
+        self.verdicts = found[~subjects.isin(others)].to_dict("records")
         self.rivals, self.against_rivals = found[found["subject"] == RIVAL], against_rivals(found, self.like_random)
         self.warnings = starts_warning(results, table), settings_warning(results, table)
 
@@ -39,6 +44,7 @@ def test_context_that_helps(make_ablation):
     # n=4: 600 + 1 (streams) + 2 (middle seed) + 15 (gain over four episodes); n=1: 403
     assert (verdict["before"], verdict["after"]) == (pytest.approx(403), pytest.approx(618))
     assert (verdict["compared"], verdict["seeds"]) == ("1 trajectory to 4 trajectories", 5)
+    assert [row["compared"] for row in found.memory] == ["memory reset to kept, 4 trajectories"]
     assert [verdict[name] for name in ("change", "low", "high")] == pytest.approx([215] * 3)
 
 
@@ -243,6 +249,17 @@ def test_one_length_is_judged_by_its_control(make_rollouts):
     (verdict,) = found.verdicts
     assert (verdict["compared"], verdict["change"]) == ("memory reset to kept, 4 trajectories", pytest.approx(20))
     assert (verdict["before"], verdict["after"]) == (731, 751)
+
+
+def test_memory_that_helps_is_not_a_longer_context_that_helps(make_rollouts):
+    """A policy that depends on its memory fails without it, and may still equal a policy of one episode."""
+    records = []
+    for seed in range(6):
+        records += make_rollouts(1, seed, 500 + 20 * (-1) ** seed) + make_rollouts(4, seed, 500)
+        records += make_rollouts(4, seed, 300 + 10 * (-1) ** seed, context=False)
+    found = Summary(records)
+    assert found.headline == "It is not resolved whether a longer context helps."
+    assert [row["verdict"] for row in found.memory] == ["higher"]
 
 
 def test_one_length_without_control(make_rollouts):
