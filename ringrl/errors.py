@@ -35,7 +35,7 @@ def user_message(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return (
             f"not enough memory ({brief(error) or 'MemoryError'}): free some, or reduce the batch, the context, "
-            "--environments or --workers; finished work is kept"
+            "--environments or --workers"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

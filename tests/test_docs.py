@@ -56,6 +56,7 @@ SLOW = ("docs/adding_a_task.md", "docs/exorl.md", "docs/own_data.md", "docs/own_
 ALONE = ("docs/adding_a_task.md", "docs/own_data.md", "docs/own_model.md")
 # Pages whose Python runs as one program, in this order.
 REFERENCE = tuple(f"docs/reference/{name}.md" for name in ("attention", "envs", "data", "training", "evaluation"))
+TABLES = "docs/results_tables.md"  # its Python: tests/report/test_published.py
 # Flags of commands, so that they take seconds.
 SMALLER = {
     "data collect": ["--episodes", "8", "--workers", "1"],
@@ -302,7 +303,8 @@ def test_every_page_with_a_command_is_executed_or_parsed() -> None:
     with_commands = {block.page for block in BLOCKS} | {page for page, _ in INLINE}
     assert with_commands <= {*EXECUTED, *REFERENCE, *PARSED}, "add the page to EXECUTED, or to PARSED with the reason"
     assert {*EXECUTED, *PARSED} <= set(PAGES)
-    assert {block.page for block in BLOCKS if block.language in ("python", "diff")} <= {*EXECUTED, *REFERENCE}
+    with_code = {block.page for block in BLOCKS if block.language in ("python", "diff")}
+    assert with_code <= {*EXECUTED, *REFERENCE, TABLES}
 
 
 def test_blocks_have_known_languages() -> None:

@@ -1,8 +1,8 @@
 """Writers of an episode store.
 
 h5py creates the file with all datasets and closes it. The lengths of all episodes are known, and so is the offset of
-every row. Rows are written with `os.pwrite`: a full disk then raises an
-error, whereas a write through a memory map would end with SIGBUS.
+every row. Rows are written with `os.pwrite`: a full disk then raises an error, whereas a write through a memory map
+would end with SIGBUS.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from ringrl.data.store.format import (
 )
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
-from ringrl.files import explain_write_errors, linked, lock, reserve, sync, write_aside
+from ringrl.files import explain_write_errors, linked, lock, reserve, write_aside
 
 ATTRIBUTES = 2**19  # bytes that the attributes need at most
 DIGESTS = ("episodes/recorded_sha256", "episodes/relabelled_sha256")
@@ -70,7 +70,7 @@ def create_store(
         writer = StoreWriter(partial, layout)
         with explain_write_errors(path, writer.size), contextlib.closing(writer):
             yield writer
-            writer.finish(Provenance(source) if isinstance(source, str) else source)
+            writer.finish(path, Provenance(source) if isinstance(source, str) else source)
 
 
 class StoreWriter:
@@ -119,8 +119,8 @@ class StoreWriter:
         """Close the file."""
         os.close(self._descriptor)
 
-    def finish(self, provenance: Provenance) -> None:
-        """Write returns, checksums and attributes. Raises OSError and UserError."""
+    def finish(self, final: Path, provenance: Provenance) -> None:
+        """Write returns, checksums and attributes. Raises OSError, and UserError that names the `final` path."""
         layout, records = self.layout, self.records
         if len(records) != len(layout.lengths):
             raise ValueError(f"{len(records)} of {len(layout.lengths)} announced episodes were written")
@@ -140,8 +140,9 @@ class StoreWriter:
         if isinstance(layout.domain, StoredDomain):
             attributes["facts"] = layout.domain.to_json()
         if too_long := [name for name, text in attributes.items() if len(text) > LONGEST_TEXT]:
-            raise UserError(f"the {too_long[0]} is longer than {LONGEST_TEXT:,} characters: import fewer archives")
-        sync(self.path)
+            raise UserError(
+                f"{final}: its {too_long[0]} is longer than {LONGEST_TEXT:,} characters: import fewer archives"
+            )
         with h5py.File(self.path, "r+", libver=("v110", "v110"), locking=False) as file:
             for name, array in arrays.items():
                 file[name][...] = array

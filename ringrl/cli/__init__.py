@@ -65,7 +65,8 @@ def _run(arguments: list[str]) -> None:
             command, bound = parse(arguments)
             command(*bound.args, **bound.kwargs)
     except KeyboardInterrupt as error:
-        print("ringrl: stopped; finished work is kept", file=sys.stderr)
+        kept = "no store was written" if arguments[:2] == ["data", "import"] else "finished work is kept"
+        print(f"ringrl: stopped; {kept}", file=sys.stderr)
         sys.exit(128 + (error.number if isinstance(error, Stopped) else signal.SIGINT))
     except Exception as error:
         import pydantic

@@ -10,6 +10,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from ringrl.config import TrainConfig
 from ringrl.data import EpisodeStore
+from ringrl.evaluation import TrainedPolicy, load_policy
 from ringrl.training import train
 
 LENGTH = 4
@@ -75,3 +76,9 @@ def make_run(jaco_store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory)
 def at_run(make_run: Callable[..., Path]) -> Path:
     """An Agentic Transformer of three trajectories."""
     return make_run()
+
+
+@pytest.fixture(scope="module")
+def trained(at_run: Path) -> TrainedPolicy:
+    """The policy of the small run."""
+    return load_policy(at_run)

@@ -1,5 +1,6 @@
 """What tests of rollouts share: an actor that keeps what it sees, a tiny policy, and short episodes."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import gymnasium
@@ -10,11 +11,12 @@ from ringrl.config import ModelConfig
 from ringrl.context import Context
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS
+from ringrl.evaluation import TrainedPolicy
 from ringrl.evaluation.actors import Actor, RandomActor
 from ringrl.evaluation.rollout import EpisodeBatch, Group, rollout
 from ringrl.model import Policy, make_policy
 
-TASK, JACO = "jaco_reach_top_left", DOMAINS["jaco"]
+TASK, OTHER, JACO = "jaco_reach_top_left", "jaco_reach_bottom_right", DOMAINS["jaco"]
 LENGTH = JACO.episode_length
 NORMALISATION = Normalisation(np.linspace(-0.5, 0.5, 42), np.linspace(0.5, 2, 42), LENGTH)
 SEED = 11
@@ -74,3 +76,12 @@ def play(vectors: Sequence[gymnasium.vector.VectorEnv], episodes: int = 3, **opt
 
 def assert_same(one: object, other: object) -> None:
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def with_config(trained: TrainedPolicy, **changes: object) -> TrainedPolicy:
+    """Return the policy as if trained with other settings; settings of the context are changed one by one."""
+    config = trained.info.config
+    if "context" in changes:
+        changes["context"] = config.context.model_copy(update=changes["context"])
+    info = dataclasses.replace(trained.info, config=config.model_copy(update=changes))
+    return dataclasses.replace(trained, info=info)

@@ -262,6 +262,18 @@ def test_memory_that_helps_is_not_a_longer_context_that_helps(make_rollouts):
     assert [row["verdict"] for row in found.memory] == ["higher"]
 
 
+def test_a_variant_is_compared_with_its_method_at_the_longest_length_of_both(make_rollouts):
+    records = []
+    for seed in range(6):
+        for length in (1, 2):
+            records += make_rollouts(length, seed, 500 + 20 * (-1) ** seed)
+        for length in (1, 2, 4):
+            records += make_rollouts(length, seed, 400 + length, variant="short")
+    (row,) = Summary(records).rivals.to_dict("records")
+    assert row["compared"] == "Agentic Transformer to 2 trajectories"
+    assert row["after"] < row["before"]
+
+
 def test_one_length_without_control(make_rollouts):
     found = Summary([record for seed in range(3) for record in make_rollouts(4, seed, 500)])
     assert found.headline == "Only one context length was measured."

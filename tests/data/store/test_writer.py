@@ -52,7 +52,7 @@ def test_announced_lengths_are_kept(tmp_path, episodes):
 def test_an_unreadable_store_does_not_replace_another(store, episodes):
     """The reader rejects texts of more than 64 KB."""
     with (
-        pytest.raises(UserError, match="the provenance is longer than 65,536 characters"),
+        pytest.raises(UserError, match=r"cartpole\.h5: its provenance is longer than 65,536 characters"),
         create_store(store.path, "cartpole", [], [50], source="x" * 70_000, overwrite=True) as writer,
     ):
         writer.append(episodes[0])
