@@ -225,8 +225,7 @@ def check_rejections(reasons: Sequence[str]) -> None:
     import jax
     import jax.numpy as jnp
 
-    from ringrl.attention import attention, ring_attention
-    from ringrl.attention.flax import as_attention_fn
+    from ringrl.attention import as_attention_fn, attention, ring_attention
 
     x = jnp.ones((1, 8, 8, 8))
     mesh = jax.make_mesh((8, 1), ("tensor", "seq"))

@@ -3,7 +3,6 @@
 import functools
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -39,7 +38,7 @@ def _public(function: Callable[..., Any]) -> AttentionFunction:
     ) -> Any:
         for name in ("mask", "bias"):
             if name in options:
-                raise unsupported_error(name)
+                raise _unsupported(name)
         if q.ndim == k.ndim == v.ndim == 3:
             found = call(q[None], k[None], v[None], sinks=sinks, return_residual=return_residual, **options)
             return jax.tree.map(lambda x: x[0], found)
@@ -62,7 +61,7 @@ def _public(function: Callable[..., Any]) -> AttentionFunction:
     return typed(call)
 
 
-def unsupported_error(name: str) -> ValueError:
+def _unsupported(name: str) -> ValueError:
     """Return the error for an argument of other libraries."""
     return ValueError(
         f"{name}: not supported; pass is_causal, local_window_size, global_prefix or segment_ids instead. "
@@ -142,7 +141,9 @@ def attention(
       ValueError: an invalid argument, named in the message.
     """
     del sinks, return_residual  # see _public
-    arguments.check_not_sharded("q", q)
+    spec = jax.typeof(q).sharding.spec
+    if any(axis is not None for axis in spec):  # loops over tiles cannot preserve a sharding
+        raise ValueError(f"q: sharded as {spec} over explicit mesh axes; use ring_attention, or jax.shard_map")
     (batch, tokens), keys = q.shape[:2], k.shape[1]
     known = MaskArguments(
         positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
@@ -169,26 +170,12 @@ def ring_attention(
     bidirectional: bool = False,
     batch_axes: Axes = None,
     head_axes: Axes = None,
-    is_causal: bool = True,
-    local_window_size: int | tuple[int, int] | None = None,
-    global_prefix: Int[Array, "*batch tokens"] | None = None,
-    segment_ids: Int[Array, "*batch tokens"] | None = None,
-    key_segment_ids: Int[Array, "*batch keys"] | None = None,
-    positions: Int[Array, "*batch tokens"] | None = None,
-    key_positions: Int[Array, "*batch keys"] | None = None,
-    query_seq_lengths: Int[Array, " batch"] | None = None,
-    key_value_seq_lengths: Int[Array, " batch"] | None = None,
-    scale: float | Float[Array, ""] | None = None,
-    logits_soft_cap: float | Float[Array, ""] | None = None,
-    sinks: Float[Array, " heads"] | None = None,
-    alibi_slopes: Float[Array, " heads"] | None = None,
-    implementation: str | None = None,
-    return_residual: bool = False,
+    **options: Any,
 ) -> Float[Array, "batch tokens heads value_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
     """Compute `attention`, exact to rounding, of global arrays whose sequence axis is sharded over a mesh axis.
 
     All arrays with an axis of tokens are in layout order (`to_layout`, once per batch, not per layer). The function
-    works under jit, grad, vmap, remat and scan. All other arguments are those of `attention`.
+    works under jit, grad, vmap, remat and scan.
 
     Args:
       q, k, v: as for `attention`; the lengths of queries and keys divide into the layout's chunks.
@@ -196,51 +183,33 @@ def ring_attention(
       axis_name: the mesh axis of the sequence. A tuple of axes is one long ring, the last axis fastest; for
         "ulysses_ring" it is (ring axis, Ulysses axis).
       layout: "contiguous" | "striped" | "zigzag": the order of the tokens.
+      strategy, bidirectional: as for `ring_attention_shard`.
       batch_axes, head_axes: mesh axes over which batch and heads are sharded, if any. If both are None and q is a
         concrete array on this mesh, they are taken from q's sharding.
-      strategy, bidirectional: as for `ring_attention_shard`.
-      positions, key_positions: as for `attention`; by default `layout_positions`, shifted by T - S for queries.
+      options: the keywords of `attention` (is_causal, segment_ids, scale, ...). Default positions are
+        `layout_positions`, shifted by T - S for queries.
 
-    Returns:
-      As `attention`, sharded like q.
-
-    Raises:
-      ValueError: an invalid argument, named in the message.
+    Returns and raises as `attention`, sharded like q.
     """
-    del sinks, return_residual  # see _public
     ring_size = arguments.mesh_size(mesh, "axis_name", axis_name)
     for name, x in (("q", q), ("k", k)):
         check_length(name, x.shape[1], layout, ring_size)
     if batch_axes is None and head_axes is None:
         batch_axes, head_axes = _axes_of(q, mesh, axis_name)
     arguments.check_axes(mesh, axis_name, batch_axes, head_axes, q.shape[0], k.shape[2])
-    known = MaskArguments(
-        positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
-    ).checked(q.shape[0], q.shape[1], k.shape[1])
-    shard = partial(
-        ring_attention_shard,
-        axis_name=axis_name,
-        layout=layout,
-        strategy=strategy,
-        bidirectional=bidirectional,
-        is_causal=is_causal,
-        local_window_size=local_window_size,
-        implementation=implementation,
-        return_residual=True,
-    )
+    mask = MaskArguments(**{name: options.pop(name, None) for name in MaskArguments._fields})
+    arrays = mask.checked(q.shape[0], q.shape[1], k.shape[1])._asdict()
+    arrays["alibi_slopes"] = options.pop("alibi_slopes", None)
+    for name in ("scale", "logits_soft_cap"):
+        if isinstance(options.get(name), jax.Array):
+            arrays[name] = options.pop(name)
     qkv_spec, token_spec = PartitionSpec(batch_axes, axis_name, head_axes), PartitionSpec(batch_axes, axis_name)
-    specs = {
-        name: PartitionSpec(batch_axes) if name.endswith("lengths") else token_spec for name in MaskArguments._fields
-    }
-    arrays = known._asdict() | {"alibi_slopes": alibi_slopes}
-    specs["alibi_slopes"] = PartitionSpec(head_axes)
-    for name, number in (("scale", scale), ("logits_soft_cap", logits_soft_cap)):
-        if isinstance(number, jax.Array):
-            arrays[name], specs[name] = number, PartitionSpec()
-        else:
-            shard = partial(shard, **{name: number})
+    specs = dict.fromkeys(arrays, PartitionSpec()) | dict.fromkeys(MaskArguments._fields, token_spec)
+    lengths = PartitionSpec(batch_axes)
+    specs |= {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths, "alibi_slopes": PartitionSpec(head_axes)}
+    options |= {"axis_name": axis_name, "layout": layout, "strategy": strategy, "bidirectional": bidirectional}
     return jax.shard_map(
-        lambda q, k, v, arrays: shard(q, k, v, **arrays),
+        lambda q, k, v, arrays: ring_attention_shard(q, k, v, **arrays, **options, return_residual=True),
         mesh=mesh,
         in_specs=(qkv_spec, qkv_spec, qkv_spec, specs),
         out_specs=(qkv_spec, qkv_spec),
@@ -275,26 +244,21 @@ def ring_attention_shard(
 ) -> Float[Array, "batch local_tokens heads value_dim"] | tuple[jax.Array, Float32[Array, "batch local_tokens heads"]]:
     """Compute `ring_attention` inside an existing shard_map, where every array is this device's shard.
 
-    With contiguous chunks, default positions and no global prefix, a window reduces the number of hops. All other
-    arguments are those of `attention`.
+    With contiguous chunks, default positions and no global prefix, a window reduces the number of hops. All arguments
+    that are not listed are those of `ring_attention`.
 
     Args:
       q, k, v, segment_ids, key_segment_ids, positions, key_positions, global_prefix: this device's tokens, in layout
         order.
-      axis_name, layout: as for `ring_attention`.
-      query_seq_lengths, key_value_seq_lengths: as for `ring_attention`, of the whole sequence.
+      query_seq_lengths, key_value_seq_lengths: of the whole sequence.
       strategy: "ring": keys and values travel, memory is constant in the ring size. "ulysses": all-to-all from tokens
         to heads. "ulysses_ring": both, over a pair of axes. "all_gather": keys and values to every device. "auto":
         the result of `choose_strategy`.
       bidirectional: half of the key heads travel in the opposite direction, which uses both directions of the links.
         Used by "ring" and "ulysses_ring". A window that needs few hops sends all heads in the shorter direction.
-      sinks, alibi_slopes: (local heads,), as for `attention`.
+      sinks, alibi_slopes: (local heads,).
 
-    Returns:
-      As `attention`, for this device's queries.
-
-    Raises:
-      ValueError: an invalid argument, named in the message.
+    Returns and raises as `attention`, for this device's queries.
     """
     del sinks, return_residual  # see _public
     if strategy not in STRATEGIES:
@@ -356,3 +320,37 @@ def _axes_of(x: jax.Array, mesh: Mesh | AbstractMesh, axis_name: AxisName) -> tu
         return None, None
     spec = (*sharding.spec, None, None, None, None)
     return tuple(None if set(axis_names(axes)) & set(axis_names(axis_name)) else axes for axes in (spec[0], spec[2]))
+
+
+def as_attention_fn(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Wrap `attend` as the `attention_fn` of Flax's nnx.MultiHeadAttention and linen.MultiHeadDotProductAttention.
+
+        attend = functools.partial(ring_attention, mesh=mesh, is_causal=True)
+        nnx.MultiHeadAttention(..., attention_fn=as_attention_fn(attend))
+
+    The options of `attend` (is_causal, segment_ids, ...) define the mask. Any mask array, a bias or dropout raises
+    ValueError; so does decode=True of a layer, which makes a mask. Flax passes is_causal=False by default, so False is
+    ignored: set is_causal on `attend`.
+    """
+
+    def attention_fn(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        *,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        is_causal: bool = False,
+        module: object = None,
+        **_: object,  # dropout_rng, broadcast_dropout, dtype and precision have no effect
+    ) -> jax.Array:
+        for name, value_given in (("mask", mask), ("bias", bias), ("module", module)):
+            if value_given is not None:
+                raise _unsupported(name)
+        if dropout_rate > 0 and not deterministic:
+            raise ValueError(f"dropout_rate: attention dropout is not supported, got {dropout_rate}; use 0")
+        return attend(query, key, value, **({"is_causal": True} if is_causal else {}))
+
+    return attention_fn

@@ -80,13 +80,6 @@ def pad_to_same_width(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Arr
     return tuple(jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, width - x.shape[-1]),)) for x in (q, k, v))
 
 
-def check_not_sharded(name: str, x: jax.Array) -> None:
-    """Check that an array is not sharded over explicit mesh axes, which loops over tiles cannot preserve."""
-    spec = jax.typeof(x).sharding.spec
-    if any(axis is not None for axis in spec):
-        raise ValueError(f"{name}: sharded as {spec} over explicit mesh axes; use ring_attention, or jax.shard_map")
-
-
 def axis_names(axes: Axes) -> tuple[str, ...]:
     """Return the names of no, one or several mesh axes."""
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
@@ -118,7 +111,11 @@ def check_axes(
 
 def integers(name: str, x: jax.Array, batch: int, tokens: int) -> Int32[Array, "b s"]:
     """Return positions or segment ids as (B, S) int32."""
-    _check_range(name, x if isinstance(x, jax.Array) else np.asarray(x))
+    given = x if isinstance(x, jax.Array) else np.asarray(x)
+    if _is_known(given) and not np.can_cast(given.dtype, np.int32) and np.issubdtype(given.dtype, np.integer):
+        known = np.asarray(given)
+        if known.size and (known.min() < -(2**31) or known.max() >= 2**31):
+            raise ValueError(f"{name}: expected 32-bit integers, got {known.min()} ... {known.max()}")
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name}: expected integers, got {x.dtype}")
@@ -201,15 +198,6 @@ def check_counts(name: str, counts: Any, batch: int | None, least: int, most: in
 def _is_known(x: Any) -> bool:
     """Return whether the values can be checked: the array is not traced, and no part of it is on another host."""
     return not isinstance(x, jax.core.Tracer) and (not isinstance(x, jax.Array) or x.is_fully_addressable)
-
-
-def _check_range(name: str, x: Array) -> None:
-    """Check that integers fit in 32 bits."""
-    if not _is_known(x) or np.can_cast(x.dtype, np.int32):
-        return
-    known = np.asarray(x)
-    if np.issubdtype(known.dtype, np.integer) and known.size and (known.min() < -(2**31) or known.max() >= 2**31):
-        raise ValueError(f"{name}: expected 32-bit integers, got {known.min()} ... {known.max()}")
 
 
 def settings(

@@ -10,7 +10,7 @@ logits of all contexts that share it.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,78 +89,70 @@ def decode_attention(
       ValueError: invalid shapes, heads or dtypes; a concrete `length` outside N ... C, or a prefix length outside
         0 ... its capacity; the number of prefixes and the size of `batch_axes` do not divide each other.
     """
-    _check_caches(q, k_cache, v_cache, length)
+    arguments.check_arrays(q, k_cache, v_cache, ("k_cache", "v_cache"), of_cache=True)
+    (batch, new), capacity = q.shape[:2], k_cache.shape[1]
+    if not 0 < new <= capacity:
+        raise ValueError(f"q: expected 1 ... {capacity} new tokens for this cache, got {new}")
+    arguments.check_counts("length", length, batch, new, capacity)
     if prefix is not None:
         _check_prefix(prefix, k_cache, v_cache)
-        prefix = prefix if prefix.k.shape[1] else None
+        prefix = prefix._replace(length=jnp.asarray(prefix.length, jnp.int32)) if prefix.k.shape[1] else None
     sinks = arguments.per_head("sinks", sinks, q.shape[2])
     scaled, options, terms = arguments.settings(
         q, local_window_size, global_prefix, scale, logits_soft_cap, alibi_slopes, is_causal=True
     )
-    given = _Given(
-        scaled,
-        Prefix(k_cache, v_cache, jnp.asarray(length, jnp.int32)),
-        None if prefix is None else prefix._replace(length=jnp.asarray(prefix.length, jnp.int32)),
-        None if global_prefix is None else arguments.integers("global_prefix", global_prefix, *q.shape[:2]),
-        terms,
-    )
+    if global_prefix is not None:
+        global_prefix = arguments.integers("global_prefix", global_prefix, batch, new)
+    cache = Prefix(k_cache, v_cache, jnp.asarray(length, jnp.int32))
+    arrays = scaled, cache, prefix, global_prefix, terms
     attend = partial(_over_caches, options, position_of)
     if mesh is None:
         _check_whole("k_cache", k_cache)
-        o, lse = attend(given, 0, 1)
+        o, lse = attend(0, 1, *arrays)
     else:
-        o, lse = _over_shards(attend, given, mesh, axis_name, batch_axes, head_axes)
+        o, lse = _over_shards(attend, arrays, mesh, axis_name, batch_axes, head_axes)
     if sinks is not None:
         o, lse = with_sinks(o, lse, sinks)
     return (o.astype(q.dtype), lse) if return_residual else o.astype(q.dtype)
 
 
-class _Given(NamedTuple):
-    """The arrays of a call."""
-
-    q: jax.Array
-    cache: Prefix
-    prefix: Prefix | None
-    global_prefix: jax.Array | None
-    terms: Terms
-
-
 def _over_shards(
     attend: Callable[..., Partial],
-    given: _Given,
+    arrays: tuple[Any, ...],
     mesh: Mesh | AbstractMesh,
     axis_name: AxisName,
     batch_axes: Axes,
     head_axes: Axes,
 ) -> Partial:
-    """Attend to caches that are striped over `axis_name`."""
-    size = _check_shards(mesh, axis_name, given.cache.k.shape[1])
-    arguments.check_axes(mesh, axis_name, batch_axes, head_axes, given.q.shape[0], given.cache.k.shape[2])
+    """Attend to caches that are striped over `axis_name`. `arrays`: those of `_over_caches`."""
+    q, cache, prefix, global_prefix, _ = arrays
+    size = _check_shards(mesh, axis_name, cache.k.shape[1])
+    arguments.check_axes(mesh, axis_name, batch_axes, head_axes, q.shape[0], cache.k.shape[2])
     parts = arguments.mesh_size(mesh, "batch_axes", batch_axes)
-    if given.prefix is not None:
-        _check_shards(mesh, axis_name, given.prefix.k.shape[1])
-        if (prefixes := given.prefix.k.shape[0]) % parts and parts % prefixes:
+    if prefix is not None:
+        _check_shards(mesh, axis_name, prefix.k.shape[1])
+        if (prefixes := prefix.k.shape[0]) % parts and parts % prefixes:
             raise ValueError(
                 f"prefix: expected a number of prefixes that divides the {parts} shards of the batch (batch_axes), or "
                 f"a multiple of {parts}, got {prefixes}"
             )
 
-    def shard(given: _Given) -> Partial:
-        if given.prefix is not None and parts > 1:
-            given = given._replace(prefix=_of_part(given.prefix, lax.axis_index(batch_axes), parts))
-        return merge_over(attend(given, lax.axis_index(axis_name), size), axis_name)
+    def shard(q: jax.Array, cache: Prefix, prefix: Prefix | None, *more: Any) -> Partial:
+        if prefix is not None and parts > 1:
+            prefix = _of_part(prefix, lax.axis_index(batch_axes), parts)
+        return merge_over(attend(lax.axis_index(axis_name), size, q, cache, prefix, *more), axis_name)
 
-    replicated = PartitionSpec(batch_axes, None, head_axes)
-    own, shared = (PartitionSpec(axes, axis_name, head_axes) for axes in (batch_axes, None))
-    of_length = PartitionSpec(*[batch_axes] * given.cache.length.ndim)  # type: ignore[union-attr]
-    specs = _Given(
-        replicated,  # type: ignore[arg-type]
-        Prefix(own, own, of_length),  # type: ignore[arg-type]
-        None if given.prefix is None else Prefix(shared, shared, PartitionSpec()),  # type: ignore[arg-type]
-        None if given.global_prefix is None else PartitionSpec(batch_axes),  # type: ignore[arg-type]
-        Terms(PartitionSpec(head_axes), PartitionSpec()),  # type: ignore[arg-type]
+    spec: Any = PartitionSpec  # trees of specifications have the types of the arrays
+    replicated = spec(batch_axes, None, head_axes)
+    own, shared = (spec(axes, axis_name, head_axes) for axes in (batch_axes, None))
+    in_specs = (
+        replicated,
+        Prefix(own, own, spec(*[batch_axes] * cache.length.ndim)),
+        None if prefix is None else Prefix(shared, shared, spec()),
+        None if global_prefix is None else spec(batch_axes),
+        Terms(spec(head_axes), spec()),
     )
-    return jax.shard_map(shard, mesh=mesh, in_specs=(specs,), out_specs=Partial(replicated, replicated))(given)  # type: ignore
+    return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=Partial(replicated, replicated))(*arrays)
 
 
 def _of_part(prefix: Prefix, index: jax.Array, parts: int) -> Prefix:
@@ -172,19 +164,18 @@ def _of_part(prefix: Prefix, index: jax.Array, parts: int) -> Prefix:
     return Prefix(k, v, prefix.length)
 
 
-def _check_caches(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, length: jax.Array | int) -> None:
-    arguments.check_arrays(q, k_cache, v_cache, ("k_cache", "v_cache"), of_cache=True)
-    (batch, new), capacity = q.shape[:2], k_cache.shape[1]
-    if not 0 < new <= capacity:
-        raise ValueError(f"q: expected 1 ... {capacity} new tokens for this cache, got {new}")
-    arguments.check_counts("length", length, batch, new, capacity)
-
-
 def _over_caches(
-    options: Options, position_of: Callable[[jax.Array], jax.Array], given: _Given, index: jax.Array | int, size: int
+    options: Options,
+    position_of: Callable[[jax.Array], jax.Array],
+    index: jax.Array | int,
+    size: int,
+    q: jax.Array,
+    cache: Prefix,
+    prefix: Prefix | None,
+    global_prefix: jax.Array | None,
+    terms: Terms,
 ) -> Partial:
     """Attend to the slots of device `index` of `size`, in the contexts' own cache and in their prefix, if any."""
-    q, cache, prefix, global_prefix, terms = given
     begin = jnp.zeros((), jnp.int32) if prefix is None else jnp.asarray(prefix.length)
     batch, new, heads, head_dim = q.shape
     # (1, N), or (B, N) if the lengths of the contexts differ.
@@ -247,8 +238,7 @@ def append_to_cache(
     """Write new tokens after the first `length` tokens of a cache, in place if the caller's jit donates the cache.
 
     Arguments as for `decode_attention`, but `length` excludes the new tokens. `grow_cache` raises the capacity.
-    ValueError for invalid shapes, or more tokens than capacity. With a traced `length`, writing beyond the capacity is
-    undefined.
+    ValueError for invalid shapes, or more tokens than capacity; with a traced `length`, writing beyond is undefined.
     """
     if new.shape[1] > cache.shape[1]:
         raise ValueError(f"new: {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")

@@ -105,19 +105,10 @@ def _checked(x: Array, axis: int) -> jax.Array:
 
 
 def to_layout(x: Array, layout: str, ring_size: int, axis: int = 1) -> Array:
-    """Permute a sequence axis into layout order, ready to be sharded over the ring.
+    """Permute a sequence axis of any array into layout order, ready to be sharded over a ring of `ring_size` devices.
 
-    Args:
-      x: any array with the sequence in order along `axis`.
-      layout: "contiguous" | "striped" | "zigzag".
-      ring_size: devices in the ring.
-      axis: the sequence axis.
-
-    Returns:
-      An array of the same shape.
-
-    Raises:
-      ValueError: an unknown layout, a length that does not divide, or integers beyond 32 bits.
+    `layout` is "contiguous", "striped" or "zigzag". The shape stays. ValueError for an unknown layout, a length that
+    does not divide, or integers beyond 32 bits.
     """
     return _permute(x, layout, ring_size, axis, back=False)
 

@@ -124,15 +124,10 @@ def choose_strategy(
     itemsize: int = 2,
     is_causal: bool = True,
 ) -> Choice:
-    """Return the strategy of "auto" with its reason.
+    """Return the strategy of "auto" with its reason, for `local_length` tokens on each of `ring_size` devices.
 
-    Args:
-      local_length: tokens per device.
-      ring_size: devices along the sequence.
-      heads, kv_heads: heads on each device, after any sharding of heads.
-      device_kind: for example jax.devices()[0].device_kind.
-      itemsize: bytes per value of k.
-      is_causal: whether the mask skips half of the work.
+    `heads` and `kv_heads` are those on each device, `device_kind` is as of jax.devices()[0], and `itemsize` is the
+    number of bytes per value of k.
     """
     if ring_size == 1:
         return Choice("ring", "the sequence is on one device")

@@ -14,14 +14,14 @@ output that makes cuDNN's own rowsum(o * do) equal to the contract's `delta`.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, merge, nothing_seen, varying_like
+from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, Tree, merge, nothing_seen, varying_like
 from ringrl.attention.kernels import xla
 from ringrl.attention.mask import Options, Rule, Side, classify
 
@@ -29,8 +29,6 @@ PARTS = (2, 8)  # of the shorter side of a block, and of a part: halves are the 
 LEAST = 256  # tokens of a part: a smaller one costs more for its start than for its products
 ROWS = 2**16  # queries of all heads at once, about four blocks of 128 for each multiprocessor
 ANY_DISTANCE = 2**31 - 1
-
-Tree = TypeVar("Tree")
 
 
 class Cudnn(NamedTuple):

@@ -11,7 +11,7 @@ would transpose tiles in every visit, and a CPU multiplies a transposed left ope
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from ringrl.attention.contract import (
     Gradients,
     Inputs,
     Partial,
+    Tree,
     nothing_seen,
     pad_axis,
     precision_of,
@@ -31,8 +32,6 @@ from ringrl.attention.contract import (
 )
 from ringrl.attention.kernels.tuning import XlaBlocks, xla_blocks
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Side, classify_pairs, pad_side, visible
-
-Tree = TypeVar("Tree")
 
 
 class Scaling(NamedTuple):

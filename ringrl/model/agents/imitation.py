@@ -41,23 +41,17 @@ class ImitationPolicy(Policy):
         """Return the action at every step, given the context up to that step."""
         return self.head.action(self.features(context))
 
-    def loss(self, context: Context) -> Float32[Array, ""]:
-        """Return the mean imitation loss of the context's actions."""
-        return self.loss_sum(context) / self.loss_weight(context)
-
-    def loss_sum(self, context: Context) -> Float32[Array, ""]:
-        """Return the imitation loss, summed over the steps in the loss."""
-        return (self.losses(context) * self._weights(context)).sum()
+    def loss(self, context: Context, total: jax.Array | None = None) -> Float32[Array, ""]:
+        """Return the imitation loss, summed by `weights` and divided by `total` (by default, the sum of `weights`)."""
+        total = self.weights(context).sum() if total is None else total
+        return (self.losses(context) * self.weights(context)).sum() / total
 
     def losses(self, context: Context) -> Float32[Array, "batch time"]:
         """Return the imitation loss of every step, padding included."""
         return self.head.loss(self.features(context), jnp.asarray(context.action))
 
-    def loss_weight(self, context: Context) -> Float32[Array, ""]:
-        """Return the number of steps in the loss: all steps, or the last trajectory of each context."""
-        return self._weights(context).sum()
-
-    def _weights(self, context: Context) -> Float32[Array, "batch time"]:
+    def weights(self, context: Context) -> Float32[Array, "batch time"]:
+        """Return the weight of every step in the loss: of all steps, or of the last trajectory of each context."""
         weight = jnp.asarray(context.weight)
         if self.loss_on == "all":
             return weight
@@ -168,18 +162,15 @@ def make_train_step(graph: Any, optimiser: optax.GradientTransformation, accumul
     The gradient of the whole batch is computed in `accumulation` parts, one after the other.
     """
 
-    def loss_of(params: Any, part: Context, weight: jax.Array) -> jax.Array:
-        return nnx.merge(graph, params).loss_sum(part) / weight
-
     def train_step(state: TrainState, batch: Context) -> tuple[TrainState, dict[str, jax.Array]]:
-        weight = nnx.merge(graph, state.params).loss_weight(batch)
-        value_and_grad = jax.value_and_grad(loss_of)
+        weight = nnx.merge(graph, state.params).weights(batch).sum()
+        value_and_grad = jax.value_and_grad(lambda params, part: nnx.merge(graph, params).loss(part, weight))
 
         def add(total: Any, part: Context) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, value_and_grad(state.params, part, weight)), None
+            return jax.tree.map(jnp.add, total, value_and_grad(state.params, part)), None
 
         if accumulation == 1:
-            loss, gradients = value_and_grad(state.params, batch, weight)
+            loss, gradients = value_and_grad(state.params, batch)
         else:
             start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
             (loss, gradients), _ = jax.lax.scan(add, start, _parts(batch, accumulation))
