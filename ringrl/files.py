@@ -60,15 +60,11 @@ def write_whole(path: Path, content: str | bytes, *, alone: bool = True) -> None
 def write_aside(path: Path, *, alone: bool = True) -> Iterator[Path]:
     """Yield a hidden path next to `path` for a new file or folder, and rename it to `path` when the block succeeds.
 
-    All content is on disk before the rename. If the block fails, the hidden file or folder is deleted.
+    All content is on disk before the rename. If the block fails, the hidden file or folder is deleted. An existing file
+    is replaced, and an existing folder must be empty. A link stays. Raise OSError if the file system rejects a write.
 
-    Args:
-      path: the final name, in an existing folder. An existing file is replaced. An existing folder must be empty.
-        A link stays, and the file or folder that it leads to is written.
-      alone: no other process writes the same file at the same time. A kill then leaves one hidden file, which the next
-        write replaces. Otherwise each process uses its own hidden name.
-
-    Raise OSError if the file system rejects a write.
+    `alone`: no other process writes the same file at the same time. A kill then leaves one hidden file, which the next
+    write replaces. Otherwise each process uses its own hidden name.
     """
     path = linked(path)
     temporary = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{os.getpid()}.tmp")
@@ -87,21 +83,14 @@ def write_aside(path: Path, *, alone: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def lock(path: Path, doing: str, *, file: Path | None = None, wait: bool = False) -> Iterator[None]:
-    """Hold an advisory lock. The lock is released when the block or the process ends.
+    """Hold an advisory lock on a file or folder until the block or the process ends.
 
-    A file system without such locks holds a marker file instead, and standard error reports it once. The marker of a
-    killed process of this machine is replaced. The marker of a killed process of another machine must be deleted.
+    The lock is in `file` (by default `.{name}.lock` next to `path`), whose folder is created, and which is deleted at
+    the end. A file system without such locks holds a marker file instead, and standard error reports it once. The
+    marker of a killed process of this machine is replaced. The marker of one of another machine must be deleted.
 
-    Args:
-      path: the locked file or folder, for the error.
-      doing: the action of the holder, for the error: "is writing it".
-      file: the lock file, by default `.{name}.lock` next to `path`. Its folder is created. The file is deleted at the
-        end.
-      wait: wait for the holder instead of raising.
-
-    Raises:
-      UserError: another process or thread holds the lock.
-      OSError: the lock file cannot be created.
+    Raise UserError if another process or thread holds the lock, unless `wait`. Its message has the holder's action
+    (`doing`: "is writing it"). Raise OSError if the lock file cannot be created.
     """
     file = file or linked(path).with_name(f".{linked(path).name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from ringrl.attention import arguments, kernels
-from ringrl.attention.arguments import AttentionFunction, Axes, MaskArguments, axis_names, typed
+from ringrl.attention.arguments import AttentionFunction, Axes, Keywords, axis_names, typed
 from ringrl.attention.attend import LOCAL, AllGather, Exchange, attend
 from ringrl.attention.contract import AxisName, varying_like, with_sinks
 from ringrl.attention.layout import check_length, shard_positions
@@ -145,14 +145,13 @@ def attention(
     if any(axis is not None for axis in spec):  # loops over tiles cannot preserve a sharding
         raise ValueError(f"q: sharded as {spec} over explicit mesh axes; use ring_attention, or jax.shard_map")
     (batch, tokens), keys = q.shape[:2], k.shape[1]
-    known = MaskArguments(
-        positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
-    ).checked(batch, tokens, keys)
+    given = Keywords(
+        positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths,
+        is_causal, local_window_size, scale, logits_soft_cap, alibi_slopes, implementation,
+    ).checked(batch, tokens, keys)  # fmt: skip
     places = jnp.arange(tokens, dtype=jnp.int32), jnp.arange(keys, dtype=jnp.int32)
-    sides = known.sides(batch, *places, keys - tokens)
-    q, options, terms = arguments.settings(
-        q, local_window_size, global_prefix, scale, logits_soft_cap, alibi_slopes, is_causal=is_causal
-    )
+    sides = given.sides(batch, *places, keys - tokens)
+    q, options, terms = given.settings(q)
     options = kernels.with_kernel(options, implementation, q, device_of(q), terms)
     return attend(q, k, v, *sides, options, LOCAL, terms)
 
@@ -197,19 +196,16 @@ def ring_attention(
     if batch_axes is None and head_axes is None:
         batch_axes, head_axes = _axes_of(q, mesh, axis_name)
     arguments.check_axes(mesh, axis_name, batch_axes, head_axes, q.shape[0], k.shape[2])
-    mask = MaskArguments(**{name: options.pop(name, None) for name in MaskArguments._fields})
-    arrays = mask.checked(q.shape[0], q.shape[1], k.shape[1])._asdict()
-    arrays["alibi_slopes"] = options.pop("alibi_slopes", None)
-    for name in ("scale", "logits_soft_cap"):
-        if isinstance(options.get(name), jax.Array):
-            arrays[name] = options.pop(name)
-    qkv_spec, token_spec = PartitionSpec(batch_axes, axis_name, head_axes), PartitionSpec(batch_axes, axis_name)
-    specs = dict.fromkeys(arrays, PartitionSpec()) | dict.fromkeys(MaskArguments._fields, token_spec)
-    lengths = PartitionSpec(batch_axes)
-    specs |= {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths, "alibi_slopes": PartitionSpec(head_axes)}
-    options |= {"axis_name": axis_name, "layout": layout, "strategy": strategy, "bidirectional": bidirectional}
+    given = Keywords(**options).checked(q.shape[0], q.shape[1], k.shape[1])._asdict()
+    arrays = {name: x for name, x in given.items() if isinstance(x, jax.Array)}
+    static = {name: x for name, x in given.items() if name not in arrays}
+    static |= {"axis_name": axis_name, "layout": layout, "strategy": strategy, "bidirectional": bidirectional}
+    qkv_spec, lengths = PartitionSpec(batch_axes, axis_name, head_axes), PartitionSpec(batch_axes)
+    others = {"scale": PartitionSpec(), "logits_soft_cap": PartitionSpec(), "alibi_slopes": PartitionSpec(head_axes)}
+    others |= {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+    specs = {name: others.get(name, PartitionSpec(batch_axes, axis_name)) for name in arrays}
     return jax.shard_map(
-        lambda q, k, v, arrays: ring_attention_shard(q, k, v, **arrays, **options, return_residual=True),
+        lambda q, k, v, arrays: ring_attention_shard(q, k, v, **arrays, **static, return_residual=True),
         mesh=mesh,
         in_specs=(qkv_spec, qkv_spec, qkv_spec, specs),
         out_specs=(qkv_spec, qkv_spec),
@@ -226,26 +222,11 @@ def ring_attention_shard(
     layout: str = "zigzag",
     strategy: str = "ring",
     bidirectional: bool = False,
-    is_causal: bool = True,
-    local_window_size: int | tuple[int, int] | None = None,
-    global_prefix: Int[Array, "*batch local_tokens"] | None = None,
-    segment_ids: Int[Array, "*batch local_tokens"] | None = None,
-    key_segment_ids: Int[Array, "*batch local_keys"] | None = None,
-    positions: Int[Array, "*batch local_tokens"] | None = None,
-    key_positions: Int[Array, "*batch local_keys"] | None = None,
-    query_seq_lengths: Int[Array, " batch"] | None = None,
-    key_value_seq_lengths: Int[Array, " batch"] | None = None,
-    scale: float | Float[Array, ""] | None = None,
-    logits_soft_cap: float | Float[Array, ""] | None = None,
-    sinks: Float[Array, " heads"] | None = None,
-    alibi_slopes: Float[Array, " heads"] | None = None,
-    implementation: str | None = None,
-    return_residual: bool = False,
+    **options: Any,
 ) -> Float[Array, "batch local_tokens heads value_dim"] | tuple[jax.Array, Float32[Array, "batch local_tokens heads"]]:
     """Compute `ring_attention` inside an existing shard_map, where every array is this device's shard.
 
-    With contiguous chunks, default positions and no global prefix, a window reduces the number of hops. All arguments
-    that are not listed are those of `ring_attention`.
+    With contiguous chunks, default positions and no global prefix, a window reduces the number of hops.
 
     Args:
       q, k, v, segment_ids, key_segment_ids, positions, key_positions, global_prefix: this device's tokens, in layout
@@ -257,31 +238,27 @@ def ring_attention_shard(
       bidirectional: half of the key heads travel in the opposite direction, which uses both directions of the links.
         Used by "ring" and "ulysses_ring". A window that needs few hops sends all heads in the shorter direction.
       sinks, alibi_slopes: (local heads,).
+      axis_name, layout, options: as for `ring_attention`.
 
     Returns and raises as `attention`, for this device's queries.
     """
-    del sinks, return_residual  # see _public
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: {strategy!r} is unknown; use one of {STRATEGIES}")
-    q, options, terms = arguments.settings(
-        q, local_window_size, global_prefix, scale, logits_soft_cap, alibi_slopes, is_causal=is_causal
-    )
-    options = kernels.with_kernel(options, implementation, q, device_of(q), terms)
-    size = lax.axis_size(axis_name)
+    given, size = Keywords(**options), lax.axis_size(axis_name)
+    q, settings, terms = given.settings(q)
+    settings = kernels.with_kernel(settings, given.implementation, q, device_of(q), terms)
     # Keys may be replicated over devices with different query heads; JAX then sums the keys' gradients.
     q, (k, v) = varying_like(k, q), varying_like(q, (k, v))
     terms = varying_like(q, terms)  # else JAX sums their gradients over devices in every visible tile: a deadlock
     (batch, tokens, heads, _), local_keys = q.shape, k.shape[1]
-    known = MaskArguments(
-        positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
-    ).checked(batch, tokens, local_keys, size)
+    given = given.checked(batch, tokens, local_keys, size)
     index = lax.axis_index(axis_name)
     of_queries, of_keys = (shard_positions(layout, size, length, index) for length in (tokens, local_keys))
-    queries, keys = varying_like(q, known.sides(batch, of_queries, of_keys, (local_keys - tokens) * size))
+    queries, keys = varying_like(q, given.sides(batch, of_queries, of_keys, (local_keys - tokens) * size))
     if strategy == "auto":
         kind = device_of(q).device_kind
         strategy = choose_strategy(
-            tokens, size, heads, k.shape[2], device_kind=kind, itemsize=k.dtype.itemsize, is_causal=is_causal
+            tokens, size, heads, k.shape[2], device_kind=kind, itemsize=k.dtype.itemsize, is_causal=given.is_causal
         ).strategy
     ring_axis, ulysses_axis = _split_axes(strategy, axis_name)
     if ulysses_axis is not None:
@@ -294,9 +271,10 @@ def ring_attention_shard(
     elif ring_axis is not None and lax.axis_size(ring_axis) > 1:
         if bidirectional and k.shape[2] % 2:
             raise ValueError(f"bidirectional: expected an even number of key heads on each device, got {k.shape[2]}")
-        is_plain = tokens == local_keys and all(x is None for x in (positions, key_positions, global_prefix))
-        exchange = make_ring(ring_axis, q.shape[1], layout, options.rule, is_plain, bidirectional=bidirectional)
-    o, lse = attend(q, k, v, queries, keys, options, exchange, terms)
+        custom = given.positions, given.key_positions, given.global_prefix
+        is_plain = tokens == local_keys and all(x is None for x in custom)
+        exchange = make_ring(ring_axis, q.shape[1], layout, settings.rule, is_plain, bidirectional=bidirectional)
+    o, lse = attend(q, k, v, queries, keys, settings, exchange, terms)
     return (o, lse) if ulysses_axis is None else gather_heads(o, lse, ulysses_axis)
 
 

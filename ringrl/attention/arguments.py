@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, cast, overload
+from typing import Any, Literal, NamedTuple, Protocol, Self, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -124,8 +124,8 @@ def integers(name: str, x: jax.Array, batch: int, tokens: int) -> Int32[Array, "
     return jnp.broadcast_to(x.astype(jnp.int32), (batch, tokens))
 
 
-class MaskArguments(NamedTuple):
-    """The integers of a call that the mask depends on. Each may be None. See `attention`."""
+class Keywords(NamedTuple):
+    """The keywords of `attention` that its variants for several devices share."""
 
     positions: jax.Array | None = None
     key_positions: jax.Array | None = None
@@ -134,9 +134,15 @@ class MaskArguments(NamedTuple):
     global_prefix: jax.Array | None = None
     query_seq_lengths: jax.Array | None = None
     key_value_seq_lengths: jax.Array | None = None
+    is_causal: bool = True
+    local_window_size: int | tuple[int, int] | None = None
+    scale: float | jax.Array | None = None
+    logits_soft_cap: float | jax.Array | None = None
+    alibi_slopes: jax.Array | None = None
+    implementation: str | None = None
 
-    def checked(self, batch: int, queries: int, keys: int, devices: int = 1) -> "MaskArguments":
-        """Return them as int32 (B, S), (B, T) or (B,). ValueError if a shape, dtype or number is wrong.
+    def checked(self, batch: int, queries: int, keys: int, devices: int = 1) -> Self:
+        """Return them with the integers as int32 (B, S), (B, T) or (B,). ValueError for a wrong shape, dtype or number.
 
         S and T are the tokens on one of `devices`. Lengths count the tokens of all.
         """
@@ -145,7 +151,8 @@ class MaskArguments(NamedTuple):
         if self.segment_ids is not None and self.key_segment_ids is None and queries != keys:
             raise ValueError(f"key_segment_ids: missing; the {keys} keys are not the {queries} queries")
         found = dict[str, jax.Array | None]()
-        for name, x in self._asdict().items():
+        for name in INTEGERS:
+            x = getattr(self, name)
             tokens = keys if name.startswith("key") else queries
             if x is not None and name.endswith("lengths"):
                 check_counts(name, x, batch, 0, tokens * devices)
@@ -155,7 +162,7 @@ class MaskArguments(NamedTuple):
                 is_array = isinstance(x, jax.Array)  # not read, which would wait for the device
                 if name.endswith("segment_ids") and not is_array and np.isin(x, (PADDING_QUERY, PADDING_KEY)).any():
                     raise ValueError(f"{name}: {PADDING_QUERY} and {PADDING_KEY} are reserved; use other ids")
-        return MaskArguments(**found)
+        return self._replace(**found)
 
     def sides(self, batch: int, queries: Int32[Array, " q"], keys: Int32[Array, " k"], ahead: int) -> tuple[Side, Side]:
         """Return the integers of the queries and of the keys.
@@ -176,6 +183,30 @@ class MaskArguments(NamedTuple):
         if self.key_value_seq_lengths is not None:
             key_segments = jnp.where(keys < self.key_value_seq_lengths[:, None], key_segments, PADDING_KEY)
         return Side(positions, segments, self.global_prefix), Side(key_positions, key_segments)
+
+    def settings(self, q: jax.Array) -> tuple[jax.Array, Options, Terms]:
+        """Return the queries, the static options of a call, and its arrays that only the kernel "autodiff" computes.
+
+        A scale that is an array multiplies the queries, so that it has a gradient.
+        """
+        scale, cap = self.scale, self.logits_soft_cap
+        for name, number in (("scale", scale), ("logits_soft_cap", cap)):
+            if number is not None and jnp.ndim(number):
+                raise ValueError(f"{name}: expected one number, got shape {jnp.shape(number)}")
+        if cap is not None and _is_known(cap) and not 0 < np.asarray(cap) < math.inf:
+            raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
+        if self.global_prefix is not None and self.local_window_size is None:
+            raise ValueError("global_prefix: has no effect without a window; give local_window_size, too")
+        slopes = per_head("alibi_slopes", self.alibi_slopes, q.shape[2])
+        terms = Terms(slopes, cap if isinstance(cap, jax.Array) else None)
+        if isinstance(scale, jax.Array):
+            q, scale = (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(q.dtype), 1.0
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        rule = Rule(self.is_causal, _window(self.local_window_size, 0 if self.global_prefix is None else -1))
+        return q, Options(rule, scale, None if cap is None or isinstance(cap, jax.Array) else float(cap)), terms
+
+
+INTEGERS = Keywords._fields[:7]  # the mask depends on them
 
 
 def _or_default(x: jax.Array | None, default: jax.Array, batch: int) -> jax.Array:
@@ -198,35 +229,6 @@ def check_counts(name: str, counts: Any, batch: int | None, least: int, most: in
 def _is_known(x: Any) -> bool:
     """Return whether the values can be checked: the array is not traced, and no part of it is on another host."""
     return not isinstance(x, jax.core.Tracer) and (not isinstance(x, jax.Array) or x.is_fully_addressable)
-
-
-def settings(
-    q: jax.Array,
-    window: int | tuple[int, int] | None,
-    prefix: jax.Array | None,
-    scale: float | jax.Array | None,
-    cap: float | jax.Array | None,
-    slopes: jax.Array | None,
-    *,
-    is_causal: bool,
-) -> tuple[jax.Array, Options, Terms]:
-    """Return the queries, the static options of a call, and its arrays that only the kernel "autodiff" computes.
-
-    A scale that is an array multiplies the queries, so that it has a gradient. Only whether `prefix` is None matters.
-    """
-    for name, number in (("scale", scale), ("logits_soft_cap", cap)):
-        if number is not None and jnp.ndim(number):
-            raise ValueError(f"{name}: expected one number, got shape {jnp.shape(number)}")
-    if cap is not None and _is_known(cap) and not 0 < np.asarray(cap) < math.inf:
-        raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
-    if prefix is not None and window is None:
-        raise ValueError("global_prefix: has no effect without a window; give local_window_size, too")
-    terms = Terms(per_head("alibi_slopes", slopes, q.shape[2]), cap if isinstance(cap, jax.Array) else None)
-    if isinstance(scale, jax.Array):
-        q, scale = (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(q.dtype), 1.0
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    rule = Rule(is_causal, _window(window, 0 if prefix is None else -1))
-    return q, Options(rule, scale, None if cap is None or isinstance(cap, jax.Array) else float(cap)), terms
 
 
 def _window(size: int | tuple[int, int] | None, least: int) -> tuple[int, int] | None:

@@ -52,7 +52,6 @@ class AllGather:
     axis_name: AxisName
 
     def forward(self, inputs: Inputs, options: Options) -> Partial:
-        """Return attention over the gathered keys."""
         return kernels.forward(self._gathered(inputs), options)
 
     def backward(self, inputs: Inputs, options: Options, cotangents: Cotangents) -> Gradients:

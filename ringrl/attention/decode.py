@@ -98,9 +98,13 @@ def decode_attention(
         _check_prefix(prefix, k_cache, v_cache)
         prefix = prefix._replace(length=jnp.asarray(prefix.length, jnp.int32)) if prefix.k.shape[1] else None
     sinks = arguments.per_head("sinks", sinks, q.shape[2])
-    scaled, options, terms = arguments.settings(
-        q, local_window_size, global_prefix, scale, logits_soft_cap, alibi_slopes, is_causal=True
-    )
+    scaled, options, terms = arguments.Keywords(
+        local_window_size=local_window_size,
+        global_prefix=global_prefix,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+    ).settings(q)
     if global_prefix is not None:
         global_prefix = arguments.integers("global_prefix", global_prefix, batch, new)
     cache = Prefix(k_cache, v_cache, jnp.asarray(length, jnp.int32))

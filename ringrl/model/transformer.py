@@ -292,11 +292,9 @@ class Transformer(nnx.Module):
         return empty_cache(self.layers, (batch, capacity, *self.cache_shape), self.dtype, self.parallel)
 
     def prefill(self, x: Float[Array, "1 tokens width"], place: Place, length: int) -> KVCache:
-        """Return the cache of one whole context, to be used as the shared prefix of a batch of contexts.
+        """Return the cache of one whole context of `length` tokens, without the padding at the end: a shared prefix.
 
-        Args:
-          x, place: as for `__call__`; on a mesh in the order of its layout, which permutes whole timesteps.
-          length: number of tokens without the padding at the end.
+        On a mesh, `x` and `place` are in the order of its layout, which permutes whole timesteps.
         """
         in_time = jnp.argsort(place.positions.reshape(-1))
         keep = lambda held: [as_prefix(y[:, in_time], self.parallel) for y in held]  # noqa: E731
@@ -312,13 +310,10 @@ class Transformer(nnx.Module):
         starts: Int32[Array, "*batch new_tokens"] | None = None,
         only: jax.Array | None = None,
     ) -> tuple[Tokens, KVCache]:
-        """Return the features of the newest tokens only, and the longer cache. `prefix` precedes the cached tokens.
+        """Return the features of the new tokens `x`, and the longer cache. `prefix` precedes the cached tokens.
 
-        Args:
-          x: new tokens.
-          cache, prefix: keys and values of the tokens before them.
-          starts: as in `Place`, counted from the start of the prefix. Default: 0.
-          only: index of one new token. The features are then (batch, 1, width), and the last layer has one query.
+        `starts` are those of `Place`, counted from the start of the prefix (default: 0). With `only`, the index of one
+        new token, the features are (batch, 1, width), and the last layer has one query.
         """
         x, new = x.astype(self.dtype), x.shape[1]
         starts = jnp.zeros(new, jnp.int32) if starts is None else starts

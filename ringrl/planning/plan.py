@@ -71,14 +71,9 @@ def make_plan(
     method: Literal["compiler", "formula", "best"] = "best",
     notice: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """Return the plan of one optimiser step.
+    """Return the plan of one optimiser step on contexts of `tokens` each. Without `mesh`: on the fastest that fits.
 
-    Args:
-      config: the model and the number of contexts, of `tokens` each.
-      mesh: device mesh. None: the fastest mesh by estimate that fits.
-      method: "compiler" requires ahead-of-time compilation, "best" uses it if possible.
-      notice: called before the compilation.
-
+    `method`: "compiler" requires ahead-of-time compilation, "best" uses it if possible. `notice` is called before it.
     Raise UserError if the mesh or the tokens do not divide, or if the method is "compiler" and the machine has none.
     """
     reason = "--method formula" if method == "formula" else why_not(machine)
@@ -132,9 +127,8 @@ def describe(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> list[str]:
     formula, compiled = plan.formula, plan.compiled
-    rows = {"parameters": formula.parameters, "optimiser": formula.optimiser, "batch": formula.batch}
-    if compiled is not None:
-        rows = {"parameters": compiled.parameters, "optimiser": compiled.optimiser, "batch": compiled.batch}
+    held = formula if compiled is None else compiled
+    rows = {"parameters": held.parameters, "optimiser": held.optimiser, "batch": held.batch}
     if compiled is None or math.isnan(compiled.total):
         rows |= {"gradients": formula.gradients, "activations": formula.activations, "scratch": formula.scratch}
     else:
@@ -152,8 +146,7 @@ def _verdict(plan: Plan) -> list[str]:
     elif plan.total > limit:
         lines = [f"does not fit: {gib(plan.total - limit)} too much per device"]
     else:
-        refusal = plan.compiled.refusal if plan.compiled is not None else "too many tiles for the TPU kernel"
-        lines = [f"does not fit: {refusal}"]
+        lines = [f"does not fit: {plan.compiled.refusal if plan.compiled else 'too many tiles for the TPU kernel'}"]
     for advice in plan.advice:
         verdict = "enough" if advice.is_enough else "not enough"
         lines.append(f"  {verdict}: {advice.change} ({gib(advice.total)} per device)")

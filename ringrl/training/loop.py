@@ -34,13 +34,7 @@ from ringrl.training.run_folder import claim_folder, dataset_fingerprint, flat, 
 from ringrl.training.validation import Validation
 
 
-def train(
-    config: TrainConfig,
-    *,
-    resume: bool = False,
-    console: Console | None = None,
-    quiet: bool = False,
-) -> Path:
+def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None, quiet: bool = False) -> Path:
     """Train a policy and return the folder of the run.
 
     Batches depend on (seed, step) only and checkpoints hold the whole state. A run that is killed and resumed therefore
@@ -157,11 +151,7 @@ def held_out_sources(
 
 
 def _run_steps(
-    info: RunInfo,
-    sources: Sequence[BatchSource],
-    parallel: Parallel,
-    checkpoints: Checkpoints,
-    progress: Progress,
+    info: RunInfo, sources: Sequence[BatchSource], parallel: Parallel, checkpoints: Checkpoints, progress: Progress
 ) -> None:
     """Take the remaining steps. `sources`: the batches of training, then those of `held_out_sources`."""
     config, console, (source, *held_out_batches) = info.config, progress.console, sources

@@ -111,7 +111,7 @@ MUTATIONS = {
     "cotangent_of_the_log_sum_exp_with_the_wrong_sign": Mutation("attend.py", ".sum(-1) - dlse", ".sum(-1) + dlse"),
     "positions_and_segments_swapped": Mutation("ring.py", "inputs.keys.stacked()", "inputs.keys.stacked()[::-1]"),
     "prefix_does_not_reach_other_devices": Mutation(
-        "api.py", "(positions, key_positions, global_prefix)", "(positions, key_positions)"
+        "api.py", "given.key_positions, given.global_prefix", "given.key_positions"
     ),
     "prefix_is_not_gathered": Mutation("ulysses.py", "all_gather(side.stacked(),", "all_gather(side.stacked()[:2],"),
     "prefix_includes_its_end": Mutation(

@@ -46,15 +46,12 @@ class Policy(nnx.Module):
     def act(
         self, previous: Context | None, current: Context, memory: Any, prefix: Any = None
     ) -> tuple[Float32[Array, "batch action"], Any]:
-        """Return the action of the next step and the new memory.
-
-        `actions` returns the same action for the prefix and all steps so far.
+        """Return the action of the next step and the new memory. `actions` returns the same for all steps.
 
         Args:
           previous: finished previous step, or None if the memory is empty (a prefix needs no previous step).
           current: step to act in. Its action, reward and completion are not used.
-          memory: result of `reset` or of the previous call.
-          prefix: result of `prefill`.
+          memory, prefix: result of `reset` or of the previous call, and of `prefill`.
         """
         return self.actions(current)[:, -1], memory
 

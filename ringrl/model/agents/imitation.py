@@ -38,7 +38,6 @@ class ImitationPolicy(Policy):
         raise NotImplementedError
 
     def actions(self, context: Context) -> Float32[Array, "batch time action"]:
-        """Return the action at every step, given the context up to that step."""
         return self.head.action(self.features(context))
 
     def loss(self, context: Context, total: jax.Array | None = None) -> Float32[Array, ""]:
@@ -77,7 +76,6 @@ class AgenticTransformer(ImitationPolicy):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens per timestep."""
         return self.embedding.token_set.size
 
     def features(self, context: Context) -> Float[Array, "batch time width"]:
@@ -93,11 +91,9 @@ class AgenticTransformer(ImitationPolicy):
         return Place(positions.reshape(starts.shape), starts)
 
     def reset(self, batch: int, capacity: int) -> KVCache:
-        """Return an empty cache for `batch` contexts of `capacity` tokens."""
         return self.transformer.empty_cache(batch, capacity)
 
     def prefill(self, context: Context) -> KVCache:
-        """Return the cache of one context (1, T, ...) in time order, the shared prefix of a batch of contexts."""
         steps, parallel = context.position.shape[1], self.transformer.parallel
         layout, devices = parallel.layout, parallel.ring_size
         context = jax.tree.map(lambda x: to_layout(pad_to_layout(x, layout, devices), layout, devices), context)
@@ -109,7 +105,6 @@ class AgenticTransformer(ImitationPolicy):
     def act(
         self, previous: Context | None, current: Context, memory: KVCache, prefix: KVCache | None = None
     ) -> tuple[Float32[Array, "batch action"], KVCache]:
-        """Return the action of the next step and the longer cache. See `Policy.act`."""
         before, after = len(self.embedding.token_set.before), len(self.embedding.token_set.after)
         steps = [(current, before)] if previous is None else [(previous, after), (current, before)]
         starts = jnp.concatenate([jnp.repeat(jnp.asarray(step.start), size, axis=1) for step, size in steps], axis=1)

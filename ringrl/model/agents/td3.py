@@ -106,7 +106,6 @@ class ActorCritic(Policy):
         return jnp.square(jnp.tanh(self.actor(x)) - batch.action).mean()
 
     def actions(self, context: Context) -> Float32[Array, "batch time action"]:
-        """Return the action at every step."""
         return jnp.tanh(self.target_actor(self.inputs(context.observation)))
 
 
