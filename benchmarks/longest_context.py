@@ -29,8 +29,8 @@ def compile_step(kind: str, tokens: int) -> tuple[Any, Any, Any]:
 
     from ringrl.config import TrainConfig
     from ringrl.model import make_agent, make_policy
+    from ringrl.model.parallel import make_parallel
     from ringrl.planning.workload import ACTION, OBSERVATION
-    from ringrl.training.mesh import make_parallel
 
     model = {"token_set": "fused1", "layers": 1, "width": 64, "heads": 1, "kv_heads": 1, "attention": kind}
     values = {"data": "unused", "task": "unused", "run": "unused", "mesh": {"seq": DEVICES, "layout": "contiguous"}}

@@ -22,11 +22,11 @@ from common import make_parser, one_line_errors, positive, save_json
 from random_data import random_context
 
 from ringrl.model import make_agent, make_policy
+from ringrl.model.parallel import make_parallel
 from ringrl.planning.machines import GIB, Machine, find_machine, measure_host
 from ringrl.planning.memory import memory_of
 from ringrl.planning.roofline import step_time
 from ringrl.planning.workload import ACTION, OBSERVATION, Workload, find_model
-from ringrl.training.mesh import make_parallel
 
 
 def peak_bytes() -> float:

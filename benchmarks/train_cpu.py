@@ -32,9 +32,8 @@ from ringrl.data.sampling.batches import ShardedSampler, iterate_batches
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.model import make_agent, make_policy
-from ringrl.model.parallel import Parallel
+from ringrl.model.parallel import Parallel, make_parallel
 from ringrl.training.budget import step_cost
-from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsLog, MetricsRecorder, progress_bar
 
 KINDS = {"one device": 1, "ring of 8": 8}

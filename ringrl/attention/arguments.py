@@ -150,7 +150,7 @@ class Keywords(NamedTuple):
             raise ValueError("segment_ids: missing; key_segment_ids needs the segments of the queries, too")
         if self.segment_ids is not None and self.key_segment_ids is None and queries != keys:
             raise ValueError(f"key_segment_ids: missing; the {keys} keys are not the {queries} queries")
-        found = dict[str, jax.Array | None]()
+        found = dict[str, Any]()
         for name in INTEGERS:
             x = getattr(self, name)
             tokens = keys if name.startswith("key") else queries

@@ -23,10 +23,9 @@ from ringrl.evaluation.protocol import Protocol, make_actor
 from ringrl.evaluation.rollout import LiveContext
 from ringrl.evaluation.target import target_and_prompt
 from ringrl.model import Policy, make_agent
-from ringrl.model.parallel import ONE_DEVICE, Parallel
+from ringrl.model.parallel import ONE_DEVICE, Parallel, make_ring_mesh
 from ringrl.training.checkpoints import CheckpointKind, Checkpoints, RunInfo, best_step, read_info
 from ringrl.training.distributed import check_platform
-from ringrl.training.mesh import make_ring_mesh
 
 _ENDLESS = 2**30  # steps for which a memory may grow
 

@@ -1,4 +1,4 @@
-"""Sharding rules: a table from the axis names of a model's arrays to the axes of the device mesh.
+"""The device mesh of a run, and sharding rules from the axis names of a model's arrays to the axes of the mesh.
 
     batch  -> data, fsdp     contexts of a batch
     time   -> seq            steps of each context, and the tokens of these steps
@@ -10,14 +10,17 @@ embeddings, action head, norms) are small and replicated. XLA inserts the transf
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ringrl.config import BATCH_AXES, SEQUENCE_AXIS
+from ringrl.attention import ring_order
+from ringrl.config import BATCH_AXES, SEQUENCE_AXIS, MeshConfig, ModelConfig, TrainConfig
+from ringrl.errors import UserError
 
 MESH_AXES = (*BATCH_AXES, "tensor", SEQUENCE_AXIS)
 
@@ -70,3 +73,81 @@ ONE_DEVICE = Parallel()
 def split(*axes: str | None, initialiser: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Return an initialiser (LeCun normal by default) that also names the axes of the parameter."""
     return nnx.with_partitioning(initialiser or nnx.initializers.lecun_normal(), axes, eager_sharding=False)
+
+
+def make_parallel(config: TrainConfig) -> Parallel:
+    """Return the mesh of a run, with its axes on the fastest links that JAX finds.
+
+    Raise UserError for too many devices, or an axis that does not divide the batch or the model.
+    """
+    mesh = config.mesh
+    if mesh.devices == 1 and jax.process_count() == 1:
+        return ONE_DEVICE
+    check_divides(config)
+    devices = jax.devices()
+    shape = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in MESH_AXES)
+    if mesh.devices > len(devices):
+        raise UserError(f"mesh: {shape} is {mesh.devices} devices, but JAX has {len(devices)} ({devices[0].platform})")
+    if mesh.devices < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"mesh: {shape} is {mesh.devices} devices, but the {jax.process_count()} processes have {len(devices)}; "
+            "a run over several processes must use all of them"
+        )
+    return parallel_over(mesh, devices)
+
+
+def parallel_over(mesh: MeshConfig, devices: Sequence[Any]) -> Parallel:
+    """Return a mesh of the first of these devices, whose rings lead from neighbour to neighbour."""
+    sizes, types = tuple(getattr(mesh, axis) for axis in MESH_AXES), (AxisType.Auto,) * len(MESH_AXES)
+    made = jax.make_mesh(sizes, MESH_AXES, types, devices=devices[: mesh.devices])
+    ordered = ring_order(list(made.devices.flat), mesh.seq)
+    return Parallel(Mesh(np.reshape(np.array(ordered), sizes), MESH_AXES, axis_types=types), mesh.layout)
+
+
+def make_ring_mesh(config: TrainConfig, mesh: MeshConfig) -> Parallel:
+    """Return the mesh that divides the contexts of a trained policy when it acts.
+
+    Raise UserError for an axis other than seq, or a policy without a context, and as `make_parallel` does.
+    """
+    if mesh.devices != mesh.seq:
+        raise UserError("mesh: only mesh.seq divides a policy that acts; leave the other axes at 1")
+    if mesh.seq > 1 and not config.model.family.has_context:
+        raise UserError(f"mesh.seq: {config.model.kind} has no context to divide; leave it at 1")
+    one_context = config.optimiser.model_copy(update={"batch_size": 1, "accumulation": 1})
+    return make_parallel(config.model_copy(update={"mesh": mesh, "optimiser": one_context}))
+
+
+def check_divides(config: TrainConfig) -> None:
+    """Raise UserError if an axis of the mesh does not divide the batch or the model."""
+    mesh, model, optimiser = config.mesh, config.model, config.optimiser
+    if not model.family.splits_batches:
+        raise UserError(f"mesh: {model.kind} trains on one device; leave all axes at 1, or choose another model.kind")
+    part = optimiser.batch_size // optimiser.accumulation
+    hidden = model.feed_forward * model.width
+    needs = [
+        ("mesh.data x mesh.fsdp", mesh.data * mesh.fsdp, part, "contexts of a batch (or of its accumulated part)"),
+        ("mesh.tensor", mesh.tensor, model.heads, "query heads"),
+        ("mesh.tensor", mesh.tensor, model.kv_heads, "key heads"),
+        ("mesh.tensor", mesh.tensor, hidden, "units of the feed-forward layer"),
+        ("mesh.fsdp x mesh.seq", mesh.fsdp * mesh.seq, model.width, "features of the model's width"),
+    ]
+    for name, size, amount, what in needs:
+        if (model.family.has_context or "data" in name) and amount % size:
+            raise UserError(f"{name}: {amount} {what} do not divide among {size} devices")
+    if model.family.has_context and mesh.seq > 1:
+        _check_strategy(mesh, model)
+
+
+def _check_strategy(mesh: MeshConfig, model: ModelConfig) -> None:
+    """Raise UserError if the heads on each device do not suit the transfers along "seq"."""
+    heads, key_heads = model.heads // mesh.tensor, model.kv_heads // mesh.tensor
+    each = "" if mesh.tensor == 1 else f" on each device (mesh.tensor {mesh.tensor})"
+    if model.strategy == "ulysses" and (heads % mesh.seq or (key_heads % mesh.seq and mesh.seq % key_heads)):
+        raise UserError(
+            f"mesh.seq: with model.strategy ulysses, {mesh.seq} must divide the {heads} query heads{each}, and be a "
+            f"multiple or a divisor of the {key_heads} key heads; use another mesh.seq, or model.strategy ring"
+        )
+    if model.bidirectional and key_heads % 2:
+        raise UserError(
+            f"model.bidirectional: the {key_heads} key heads{each} cannot be halved; leave it out, or use even numbers"
+        )

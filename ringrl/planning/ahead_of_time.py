@@ -17,9 +17,9 @@ from ringrl.errors import UserError
 from ringrl.model import TrainState, make_policy
 from ringrl.model.agents.imitation import abstract_state, make_train_step
 from ringrl.model.optimiser import make_optimiser
+from ringrl.model.parallel import parallel_over
 from ringrl.planning.machines import Machine
 from ringrl.planning.workload import ACTION, OBSERVATION, Workload
-from ringrl.training.mesh import parallel_over
 from ringrl.training.metrics import peak_memory
 
 _EXHAUSTED = re.compile(

@@ -18,10 +18,9 @@ from ringrl.config_files import one_line, read_yaml
 from ringrl.configs import preset
 from ringrl.errors import UserError
 from ringrl.model import make_policy
-from ringrl.model.parallel import MESH_AXES
+from ringrl.model.parallel import MESH_AXES, check_divides
 from ringrl.model.tokens import TOKEN_SETS
 from ringrl.training.budget import longest_episode
-from ringrl.training.mesh import check_divides
 
 OBSERVATION, ACTION = 24, 6  # sizes of the walker; other domains change the memory by less than 0.1 %
 MOST_TOKENS = 2**31 - 1  # per context, since positions are 32-bit

@@ -23,12 +23,11 @@ from ringrl.envs import Domain, ForeignDomain
 from ringrl.errors import UserError, require
 from ringrl.files import explain_write_errors
 from ringrl.model import TrainState, make_agent
-from ringrl.model.parallel import Parallel
+from ringrl.model.parallel import Parallel, make_parallel
 from ringrl.training import distributed
 from ringrl.training.budget import step_cost
 from ringrl.training.checkpoints import Checkpoints, EarlyStopping, RunInfo, read_info, saved_steps
 from ringrl.training.distributed import stop_on_signal
-from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder, open_log, progress_bar, step_memory
 from ringrl.training.run_folder import claim_folder, dataset_fingerprint, flat, run_lock
 from ringrl.training.validation import Validation

@@ -20,10 +20,9 @@ from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.errors import UserError
 from ringrl.model import make_agent, make_policy
-from ringrl.model.parallel import ONE_DEVICE, Parallel
+from ringrl.model.parallel import ONE_DEVICE, Parallel, make_parallel
 from ringrl.model.transformer import Transformer
 from ringrl.training import train
-from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder
 
 pytestmark = pytest.mark.usefixtures("eight_devices")

@@ -25,11 +25,10 @@ from ringrl.errors import UserError
 from ringrl.evaluation import load_policy
 from ringrl.model import make_agent, make_policy
 from ringrl.model.agents.imitation import ImitationPolicy
-from ringrl.model.parallel import ONE_DEVICE
+from ringrl.model.parallel import ONE_DEVICE, make_parallel
 from ringrl.training import read_info, train
 from ringrl.training.checkpoints import EarlyStopping, best_step, saved_steps
 from ringrl.training.loop import held_out_sources
-from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder
 from ringrl.training.validation import BATCHES, FIRST_BATCH, PARTS, Validation
 from tests.training.conftest import SETTINGS
