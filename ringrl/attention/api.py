@@ -93,15 +93,10 @@ def attention(
 ) -> Float[Array, "batch tokens heads value_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
     """Compute softmax(scale * q k^T) v over the visible keys of each query, in O(S + T) memory.
 
-    If there are fewer queries than keys, the queries have the last positions by default:
-
-        positions of the keys    0 1 2 3 4 5      causal, S = 2 queries and T = 6 keys
-        query at position 4      x x x x x .
-        query at position 5      x x x x x x
-
-    A single context needs no batch axis. Without queries, the result is empty; without keys, it is 0. Output and
-    log-sum-exp have the checkpoint name "ring_attention": under jax.checkpoint, the policy
-    jax.checkpoint_policies.save_only_these_names("ring_attention") avoids computing attention twice.
+    If there are fewer queries than keys, the queries have the last positions by default. A single context needs no
+    batch axis. Without queries, the result is empty; without keys, it is 0. Output and log-sum-exp have the checkpoint
+    name "ring_attention": under jax.checkpoint, the policy save_only_these_names("ring_attention") of
+    jax.checkpoint_policies avoids computing attention twice.
 
     Args:
       q: queries (B, S, H, D); float32, bfloat16 or float16. All values must be finite, also hidden ones.

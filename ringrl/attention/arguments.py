@@ -165,12 +165,9 @@ class Keywords(NamedTuple):
         return self._replace(**found)
 
     def sides(self, batch: int, queries: Int32[Array, " q"], keys: Int32[Array, " k"], ahead: int) -> tuple[Side, Side]:
-        """Return the integers of the queries and of the keys.
+        """Return the integers of both sides, from the index of each token in its sequence.
 
-        Args:
-          batch: number of contexts.
-          queries, keys: the index of each token in its sequence.
-          ahead: T - S of the whole sequence. By default, the queries have the last positions.
+        `ahead` is T - S of the whole sequence: by default, the queries have the last positions.
         """
         positions = _or_default(self.positions, queries + ahead, batch)
         given = self.positions if self.key_positions is None and ahead == 0 else self.key_positions

@@ -22,11 +22,8 @@ def definition(
 ) -> dict[str, np.ndarray]:
     """Return o, lse, dq, dk and dv in float64. Only the mask is shared with the kernels.
 
-    Args:
-      arrays: q, k, v and the cotangents do, dlse, as for `attention`.
-      queries, keys: (positions, segment_ids), and for queries the global prefix, if any; (B, S).
-      rule: causal or not, and the window.
-      scale, logits_soft_cap: as for `attention`.
+    `arrays` holds q, k, v and the cotangents do, dlse. `queries` and `keys` are (positions, segment_ids), and for
+    queries the global prefix, if any; (B, S). The other shapes and arguments are those of `attention`.
     """
     q, k, v, do, dlse = (np.asarray(arrays[name], np.float64) for name in ("q", "k", "v", "do", "dlse"))
     groups, scale = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5 if scale is None else scale

@@ -220,10 +220,8 @@ def rates_of(
 ) -> tuple[float, float, float]:
     """Return operations per second of a matrix product and of attention, and bytes per second, over all devices.
 
-    Args:
-      product: rows, width and columns.
-      attended: tokens, heads, key heads and head_dim.
-      numbers: float32 numbers that a device reads and writes.
+    `product`: rows, width and columns. `attended`: tokens, heads, key heads and head_dim. `numbers`: float32 numbers
+    that a device reads and writes.
     """
     (rows, width, columns), (tokens, heads, kv_heads, head_dim) = product, attended
     count = len(devices)

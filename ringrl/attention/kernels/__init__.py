@@ -97,32 +97,31 @@ def with_kernel(
     A named kernel that is unknown or does not support the call raises ValueError. Without a name, such calls use "xla",
     as do all calls if the kernel fails its check (check.py). Fallbacks are logged once.
     """
-    native = native_to(device)
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation: {implementation!r} is unknown; use one of {(None, *IMPLEMENTATIONS)}")
-    others = ("cudnn",) if native == "mosaic_gpu" else ()
-    if implementation is not None and implementation not in (native, "xla", "autodiff", *others):
-        raise ValueError(f"implementation: {implementation!r} does not run on {device.device_kind}; use {native!r}")
-    chosen = implementation or native
-    reason = kernel_named(chosen).unsupported(q.dtype, q.shape[-1], options)
-    if chosen != "autodiff" and any(x is not None for x in terms):
-        if implementation is not None:
+    native, has_terms = native_to(device), any(x is not None for x in terms)
+    if implementation is not None:
+        others = ("cudnn",) if native == "mosaic_gpu" else ()
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation: {implementation!r} is unknown; use one of {(None, *IMPLEMENTATIONS)}")
+        if implementation not in (native, "xla", "autodiff", *others):
+            raise ValueError(f"implementation: {implementation!r} does not run on {device.device_kind}; use {native!r}")
+        if has_terms and implementation != "autodiff":
             raise ValueError(
                 f"implementation: {implementation!r} takes neither alibi_slopes nor a traced logits_soft_cap; use None "
                 'or "autodiff"'
             )
-        chosen, reason = "autodiff", None
-    if reason is not None and implementation is not None:
-        raise ValueError(f"implementation: {reason}; use 'xla'")
-    if reason is None and implementation is None and chosen in ("mosaic_tpu", "mosaic_gpu", "cudnn"):
-        options = dataclasses.replace(options, implementation=chosen)
-        reason = check.failure(kernel_named(chosen), options, q.dtype, q.shape[-1], device)
-    if reason is None and implementation is None and chosen == "xla" and device.platform != "cpu":
-        reason = f"there is no kernel for {device.device_kind}"
+        if reason := kernel_named(implementation).unsupported(q.dtype, q.shape[-1], options):
+            raise ValueError(f"implementation: {reason}; use 'xla'")
+        return dataclasses.replace(options, implementation=implementation, is_explicit=True)
+    if has_terms:
+        return dataclasses.replace(options, implementation="autodiff", is_explicit=False)
+    if native == "xla":
+        reason = None if device.platform == "cpu" else f"there is no kernel for {device.device_kind}"
+    elif (reason := kernel_named(native).unsupported(q.dtype, q.shape[-1], options)) is None:
+        options = dataclasses.replace(options, implementation=native)
+        reason = check.failure(kernel_named(native), options, q.dtype, q.shape[-1], device)
     if reason is not None:
         _warn_once(f"attention falls back to plain XLA: {reason}")
-        chosen = "xla"
-    return dataclasses.replace(options, implementation=chosen, is_explicit=implementation is not None)
+    return dataclasses.replace(options, implementation="xla" if reason else native, is_explicit=False)
 
 
 @functools.cache
