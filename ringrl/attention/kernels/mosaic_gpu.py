@@ -86,15 +86,6 @@ def _cut(
     return _Operands(cut(inputs.q), jax.tree.map(cut, by_query), kv, query_tiles, key_tiles), queries, keys
 
 
-class _Scratch(NamedTuple):
-    """Buffers in shared memory."""
-
-    q: Buffer
-    k: Buffer
-    v: Buffer
-    turn: Ref
-
-
 class _Program(NamedTuple):
     """A running kernel: its settings and its references."""
 
@@ -104,7 +95,7 @@ class _Program(NamedTuple):
     operands: _Operands
     visits: Visits
     outputs: tuple[Ref, ...]
-    scratch: Any
+    scratch: Any  # buffers in shared memory
 
     def fold(self, cell: WorkCell, visit: Callable[[bool, jax.Array, Any], Any], carry: Any) -> Any:
         """Fold carry = visit(is_full, i, carry) over the visits of a cell, full tiles first."""
@@ -125,14 +116,15 @@ class _State(NamedTuple):
     total: jax.Array
 
 
-def _produce(work: WorkDivision, groups: int, operands: _Operands, visits: Visits, scratch: _Scratch) -> None:
+def _produce(work: WorkDivision, groups: int, operands: _Operands, visits: Visits, *slots: Buffer) -> None:
     """Run the producer warpgroup."""
+    of_q, of_k, of_v = slots
 
     def keys_or_values(which: int) -> Callable[..., tuple[Ref, ...]]:
         return lambda head, tile, _: (operands.kv.at[2 * lax.div(head, jnp.int32(groups)) + which, tile],)
 
-    owned = Feed(scratch.q, lambda head, tile: (operands.q.at[head, tile],))
-    produce(work, visits, owned, Feed(scratch.k, keys_or_values(0)), Feed(scratch.v, keys_or_values(1)))
+    owned = Feed(of_q, lambda head, tile: (operands.q.at[head, tile],))
+    produce(work, visits, owned, Feed(of_k, keys_or_values(0)), Feed(of_v, keys_or_values(1)))
 
 
 def _fold(options: Options, state: _State, products: jax.Array, mask: jax.Array | None) -> tuple[_State, jax.Array]:
@@ -151,42 +143,42 @@ def _fold(options: Options, state: _State, products: jax.Array, mask: jax.Array 
 
 def _consume(program: _Program) -> None:
     """Run a consumer warpgroup on its tile of the queries of every cell."""
-    work, options, unit, operands, visits, outputs, scratch = program
+    work, options, unit, operands, visits, outputs, (of_q, of_k, of_v, barrier) = program
     me = lax.axis_index("warpgroup")
-    q = scratch.q.arrays[0].at[me]
+    q = of_q.arrays[0].at[me]
 
     def turn() -> None:
-        plgpu.barrier_arrive(scratch.turn)
-        plgpu.barrier_wait(scratch.turn)
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
 
     def cell(cell: WorkCell, fills: jax.Array) -> jax.Array:
         tile = CONSUMERS * cell.number + me
         queries = unit.side(operands.queries, cell.batch, tile, 1)
 
         def visit(is_full: bool, i: jax.Array, state: _State) -> _State:
-            slot = scratch.k.slot(fills + i)
-            plgpu.barrier_wait(scratch.k.ready.at[slot])
-            products = unit.product(q, scratch.k.arrays[0].at[slot], meanwhile=turn)
-            plgpu.barrier_arrive(scratch.k.free.at[slot])
+            slot = of_k.slot(fills + i)
+            plgpu.barrier_wait(of_k.ready.at[slot])
+            products = unit.product(q, of_k.arrays[0].at[slot], meanwhile=turn)
+            plgpu.barrier_arrive(of_k.free.at[slot])
             mask = None
             if not is_full:
                 keys = program.visited_side(operands.keys, cell, i)
                 mask = tile_mask(options.rule, queries, keys, products.shape)
             state, p = _fold(options, state, products, mask)
             # The softmax ends before the turn passes to the other consumer.
-            state, p = lax.optimization_barrier((state, p.astype(scratch.v.arrays[0].dtype)))
-            plgpu.barrier_arrive(scratch.turn)
-            plgpu.barrier_wait(scratch.v.ready.at[slot])
-            plgpu.barrier_wait(scratch.turn)
-            o = unit.accumulate(state.o, p, scratch.v.arrays[0].at[slot])
-            plgpu.barrier_arrive(scratch.v.free.at[slot])
+            state, p = lax.optimization_barrier((state, p.astype(of_v.arrays[0].dtype)))
+            plgpu.barrier_arrive(barrier)
+            plgpu.barrier_wait(of_v.ready.at[slot])
+            plgpu.barrier_wait(barrier)
+            o = unit.accumulate(state.o, p, of_v.arrays[0].at[slot])
+            plgpu.barrier_arrive(of_v.free.at[slot])
             return state._replace(o=o)
 
         state = _begin(unit, operands.by_query, cell.head, tile, q.shape)
-        plgpu.barrier_wait(scratch.q.ready.at[me])
+        plgpu.barrier_wait(of_q.ready.at[me])
         pl.when(me == 1)(turn)  # offsets the consumers by half a visit
         state = program.fold(cell, visit, state)
-        plgpu.barrier_arrive(scratch.q.free.at[me])
+        plgpu.barrier_arrive(of_q.free.at[me])
         # The offset ends with the cell: the next tiles arrive only after both consumers release these queries.
         pl.when(me == 0)(turn)
         _finish(state, outputs, cell.head, tile)
@@ -228,22 +220,15 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
     work, unit = WorkDivision(inputs.kv_heads * inputs.groups), Warpgroup(interpret is not None)
     q_tile, kv_tile = (jax.ShapeDtypeStruct((rows, head_dim), q.dtype) for rows in (own, visited))
     slots = Buffer.of(stages, CONSUMERS, kv_tile)
-    scratch = _Scratch(Buffer.of(CONSUMERS, 1, q_tile), slots, slots, plgpu.Barrier(num_arrivals=CONSUMERS))
+    scratch = Buffer.of(CONSUMERS, 1, q_tile), slots, slots, plgpu.Barrier(num_arrivals=CONSUMERS)
 
-    def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, Ref], scratch: _Scratch) -> None:
+    def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, Ref], scratch: tuple[Any, ...]) -> None:
         program = _Program(work, options, unit, operands, visits, outputs, scratch)
-        by_warpgroup(partial(_produce, work, inputs.groups, operands, visits, scratch), partial(_consume, program))
+        by_warpgroup(partial(_produce, work, inputs.groups, operands, visits, *scratch[:3]), partial(_consume, program))
 
     outputs = [jax.ShapeDtypeStruct(operands.q.shape[: 4 - i], jnp.float32) for i in range(2)]
     o, lse = work.launch(body, operands, plan, outputs, scratch, interpret)
     return varying_like(q, Partial(untile(o, tokens, q.shape), untile(lse, tokens, q.shape[:2])))
-
-
-class _BackwardScratch(NamedTuple):
-    """Buffers in shared memory."""
-
-    owned: Buffer
-    visited: Buffer
 
 
 def _weights(
@@ -266,31 +251,31 @@ def _logit_gradients(
 
 def _consume_queries(program: _Program) -> None:
     """Run a consumer of the dq kernel on its tile of queries, over the visited keys."""
-    work, options, unit, operands, visits, outputs, scratch = program
+    work, options, unit, operands, visits, outputs, (owned, visited) = program
     me = lax.axis_index("warpgroup")
-    q, do = (x.at[me] for x in scratch.owned.arrays)
+    q, do = (x.at[me] for x in owned.arrays)
 
     def cell(cell: WorkCell, fills: jax.Array) -> jax.Array:
         tile = CONSUMERS * cell.number + me
         queries = unit.side(operands.queries, cell.batch, tile, 1)
         lse, delta = (unit.vector(x.at[cell.head, tile], 1) for x in operands.by_query[1:])
-        plgpu.barrier_wait(scratch.owned.ready.at[me])
+        plgpu.barrier_wait(owned.ready.at[me])
 
         def visit(is_full: bool, i: jax.Array, dq: jax.Array) -> jax.Array:
-            slot = scratch.visited.slot(fills + i)
-            k, v = (x.at[slot] for x in scratch.visited.arrays)
+            slot = visited.slot(fills + i)
+            k, v = (x.at[slot] for x in visited.arrays)
             mask = None
             if not is_full:
                 keys = program.visited_side(operands.keys, cell, i)
                 mask = tile_mask(options.rule, queries, keys, (q.shape[0], k.shape[0]))
-            plgpu.barrier_wait(scratch.visited.ready.at[slot])
+            plgpu.barrier_wait(visited.ready.at[slot])
             (p, slope), dp = unit.two_products(q, k, do, v, partial(_weights, options, lse, mask, 0))
             dq = unit.accumulate(dq, _logit_gradients(p, slope, dp, delta, 0, q.dtype), k)
-            plgpu.barrier_arrive(scratch.visited.free.at[slot])
+            plgpu.barrier_arrive(visited.free.at[slot])
             return dq
 
         dq = program.fold(cell, visit, unit.full(q.shape, 0.0, plgpu.Layout.WGMMA))
-        plgpu.barrier_arrive(scratch.owned.free.at[me])
+        plgpu.barrier_arrive(owned.free.at[me])
         outputs[0][cell.head, tile] = dq * options.scale
         return fills + cell.total
 
@@ -299,34 +284,34 @@ def _consume_queries(program: _Program) -> None:
 
 def _consume_keys(program: _Program) -> None:
     """Run a consumer of the dk, dv kernel on its tile of keys, over the visited queries; tiles are transposed."""
-    work, options, unit, operands, visits, outputs, scratch = program
+    work, options, unit, operands, visits, outputs, (owned, visited) = program
     me = lax.axis_index("warpgroup")
-    k, v = (x.at[me] for x in scratch.owned.arrays)
+    k, v = (x.at[me] for x in owned.arrays)
 
     def cell(cell: WorkCell, fills: jax.Array) -> jax.Array:
         tile = CONSUMERS * cell.number + me
         keys = unit.side(operands.keys, cell.batch, tile, 1)
-        plgpu.barrier_wait(scratch.owned.ready.at[me])
+        plgpu.barrier_wait(owned.ready.at[me])
 
         def visit(is_full: bool, i: jax.Array, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             dk, dv = gradients
-            slot = scratch.visited.slot(fills + i)
-            q, do, lse, delta = (x.at[slot] for x in scratch.visited.arrays)
+            slot = visited.slot(fills + i)
+            q, do, lse, delta = (x.at[slot] for x in visited.arrays)
             mask = None
             if not is_full:
                 queries = program.visited_side(operands.queries, cell, i)
                 mask = tile_mask(options.rule, queries, keys, (k.shape[0], q.shape[0]), query_axis=1)
-            plgpu.barrier_wait(scratch.visited.ready.at[slot])
+            plgpu.barrier_wait(visited.ready.at[slot])
             weights = partial(_weights, options, unit.vector(lse, 0), mask, 1)
             (p, slope), dp = unit.two_products(k, q, v, do, weights)
             dv = unit.accumulate(dv, p.astype(q.dtype), do)
             dk = unit.accumulate(dk, _logit_gradients(p, slope, dp, unit.vector(delta, 0), 1, q.dtype), q)
-            plgpu.barrier_arrive(scratch.visited.free.at[slot])
+            plgpu.barrier_arrive(visited.free.at[slot])
             return dk, dv
 
         zero = unit.full(k.shape, 0.0, plgpu.Layout.WGMMA)
         dk, dv = program.fold(cell, visit, (zero, zero))
-        plgpu.barrier_arrive(scratch.owned.free.at[me])
+        plgpu.barrier_arrive(owned.free.at[me])
         outputs[0][2 * cell.head, tile] = dk * options.scale
         outputs[0][2 * cell.head + 1, tile] = dv
         return fills + cell.total
@@ -344,13 +329,11 @@ def _gradients(inputs: Inputs, cotangents: Cotangents, options: Options, interpr
     work = WorkDivision(inputs.kv_heads, groups) if of_keys else WorkDivision(inputs.kv_heads * groups)
     owned_tile, visited_tile = (jax.ShapeDtypeStruct((rows, q.shape[-1]), q.dtype) for rows in (own, visited))
     row_values = [jax.ShapeDtypeStruct((visited,), jnp.float32)] * (2 if of_keys else 0)
-    scratch = _BackwardScratch(
-        Buffer.of(CONSUMERS, 1, owned_tile, owned_tile),
-        Buffer.of(stages, CONSUMERS, visited_tile, visited_tile, *row_values),
-    )
+    owned_slots = Buffer.of(CONSUMERS, 1, owned_tile, owned_tile)
+    scratch = owned_slots, Buffer.of(stages, CONSUMERS, visited_tile, visited_tile, *row_values)
 
-    def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, ...], scratch: _BackwardScratch) -> None:
-        do, lse, delta = operands.by_query
+    def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, ...], scratch: tuple[Buffer, Buffer]) -> None:
+        (do, lse, delta), (owned_slots, visited_slots) = operands.by_query, scratch
 
         def keys_of(kv_head: jax.Array, tile: jax.Array) -> tuple[Ref, ...]:
             k = 2 * kv_head
@@ -361,11 +344,11 @@ def _gradients(inputs: Inputs, cotangents: Cotangents, options: Options, interpr
             return tuple(x.at[head, tile] for x in (operands.q, do, lse, delta))
 
         if of_keys:
-            feeds = Feed(scratch.owned, keys_of), Feed(scratch.visited, queries_of)
+            feeds = Feed(owned_slots, keys_of), Feed(visited_slots, queries_of)
         else:
             feeds = (
-                Feed(scratch.owned, lambda head, tile: (operands.q.at[head, tile], do.at[head, tile])),
-                Feed(scratch.visited, lambda head, tile, _: keys_of(lax.div(head, jnp.int32(groups)), tile)),
+                Feed(owned_slots, lambda head, tile: (operands.q.at[head, tile], do.at[head, tile])),
+                Feed(visited_slots, lambda head, tile, _: keys_of(lax.div(head, jnp.int32(groups)), tile)),
             )
         consume, unit = _consume_keys if of_keys else _consume_queries, Warpgroup(interpret is not None)
         program = _Program(work, options, unit, operands, visits, outputs, scratch)
