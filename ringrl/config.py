@@ -108,10 +108,9 @@ class ContextConfig(Section):
         return self
 
 
-def _as_tuple(value: Any) -> Any:
-    return () if value is None else value if isinstance(value, list | tuple) else (value,)
-
-
+_as_tuple = pydantic.BeforeValidator(
+    lambda value: () if value is None else value if isinstance(value, list | tuple) else (value,)
+)
 _none_from_text = pydantic.BeforeValidator(lambda value: None if value == "none" else value)
 Window = Annotated[Annotated[int, Field(ge=0)] | None, _none_from_text]
 
@@ -160,7 +159,7 @@ class ModelConfig(Section):
     """Add a learned embedding of the timestep within the episode."""
     trajectory_embedding: bool = False
     """Add a learned embedding of the trajectory's index in the context."""
-    episode_window: Annotated[tuple[Window, ...], pydantic.BeforeValidator(_as_tuple)] = ()
+    episode_window: Annotated[tuple[Window, ...], _as_tuple] = ()
     """Steps of its own episode that a step sees, itself included; it always sees all earlier trajectories. One value,
     or one for each layer. none: the whole episode so far; 0: earlier trajectories only."""
     past_actions: Literal["on", "off"] = "on"

@@ -36,21 +36,13 @@ Kind = Literal["transformer", "behaviour_cloning", "td3_bc"]
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Properties of a kind of model on which the rest of the project depends.
+    """Properties of a kind of model on which the rest of the project depends."""
 
-    Attributes:
-        ignored: settings ("model.heads") and sections ("actor_critic.") that have no effect.
-        used: settings of these sections that have an effect.
-        has_context: the model sees a context of trajectories as tokens; otherwise it sees one observation at a time.
-        source: batches that training draws, contexts of trajectories or single transitions.
-        splits_batches: a batch may be computed in parts, by accumulation or on several devices.
-    """
-
-    ignored: tuple[str, ...]
-    used: tuple[str, ...] = ()
-    has_context: bool = False
-    source: Literal["contexts", "transitions"] = "contexts"
-    splits_batches: bool = True
+    ignored: tuple[str, ...]  # settings ("model.heads") and sections ("actor_critic.") that have no effect
+    used: tuple[str, ...] = ()  # settings of these sections that have an effect
+    has_context: bool = False  # the model sees a context of trajectories as tokens, else one observation at a time
+    source: Literal["contexts", "transitions"] = "contexts"  # batches that training draws
+    splits_batches: bool = True  # a batch may be computed in parts, by accumulation or on several devices
 
     def uses(self, setting: str) -> bool:
         """Return whether a setting such as "model.heads" has an effect on training."""

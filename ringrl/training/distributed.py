@@ -35,13 +35,8 @@ def is_wanted(config: DistributedConfig) -> bool:
     """Return whether this process is one of several. Uses no network, so that a plain run never waits."""
     if config.enabled != "auto":
         return config.enabled == "on"
-    return config.coordinator is not None or tasks_of_srun() > 1
-
-
-def tasks_of_srun() -> int:
-    """Return the number of tasks that srun started; 1 outside SLURM."""
-    count = os.environ.get("SLURM_STEP_NUM_TASKS", "")
-    return int(count) if count.isdecimal() else 1
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")  # of srun
+    return config.coordinator is not None or (tasks.isdecimal() and int(tasks) > 1)
 
 
 def join(config: DistributedConfig) -> None:

@@ -169,15 +169,10 @@ def progress_bar(console: Console, disable: bool) -> Progress:
 
 
 class MetricsRecorder:
-    """A buffer of metrics on the device, written from time to time, so that logging does not delay the steps.
+    """A buffer of metrics on the device, written from time to time, so that logging does not delay the steps."""
 
-    Attributes:
-        failure: the error to raise after too many consecutive skipped steps.
-        memory: peak memory of a step in bytes per device, once known.
-    """
-
-    failure: UserError | None = None
-    memory: int | None = None
+    failure: UserError | None = None  # to raise after too many consecutive skipped steps
+    memory: int | None = None  # peak memory of a step in bytes per device, once known
 
     def __init__(self, config: TrainConfig, cost: StepCost, log: MetricsLog | None, progress: Progress) -> None:
         self._config, self._cost, self._log, self._progress = config, cost, log, progress

@@ -21,10 +21,7 @@ from ringrl.context import Context
 
 
 class Policy(nnx.Module):
-    """A policy. The default methods implement a policy without memory, which acts on the current observation.
-
-    A policy with memory overrides `tokens_per_step`, `reset`, `prefill` and `act`.
-    """
+    """A policy. It has no memory unless a subclass overrides `tokens_per_step`, `reset`, `prefill` and `act`."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -71,17 +68,11 @@ scalars, among them loss, gradient_norm and skipped."""
 
 @dataclasses.dataclass(frozen=True)
 class Agent:
-    """A trainable method. Agents are stateless: everything that is learned is in `TrainState`.
+    """A trainable method. Agents are stateless: everything that is learned is in `TrainState`."""
 
-    Attributes:
-        init: returns the state before the first step, the same at every call.
-        update: takes an optimiser step.
-        graph: structure of the policy, without parameters.
-    """
-
-    init: Callable[[], TrainState]
+    init: Callable[[], TrainState]  # returns the state before the first step, the same at every call
     update: TrainStep
-    graph: Any
+    graph: Any  # structure of the policy, without parameters
 
     def policy(self, params: Any) -> Policy:
         """Return the policy with the parameters of a `TrainState`."""

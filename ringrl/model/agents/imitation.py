@@ -59,10 +59,9 @@ class ImitationPolicy(Policy):
 
 
 class AgenticTransformer(ImitationPolicy):
-    """Agentic Transformer: chain of hindsight over trajectories (Liu & Abbeel, 2305.16554).
+    """Agentic Transformer (Liu & Abbeel, 2305.16554): imitation with several trajectories, the best last, in context.
 
-    The context contains several trajectories, sorted by return and conditioned on the best return. Decision
-    Transformer (2106.01345) is the case of one trajectory. Algorithm Distillation (2210.14215) is the case of
+    Decision Transformer (2106.01345) is the case of one trajectory. Algorithm Distillation (2210.14215) is the case of
     trajectories in the order of collection, without a target return.
     """
 

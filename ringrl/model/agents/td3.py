@@ -24,13 +24,9 @@ LEARNED = ("actor", "critics")  # each has its own optimiser and its targets
 
 
 class NetworkStyle(NamedTuple):
-    """Normalisation and initial weights of an MLP.
+    """Normalisation and initial weights of an MLP."""
 
-    norm: "every": layer normalisation before the ReLU of each hidden layer. "first": layer normalisation and tanh in
-        the first hidden layer only.
-    """
-
-    norm: Literal["every", "first"]
+    norm: Literal["every", "first"]  # layer norm before the ReLU of each hidden layer, or with tanh in the first only
     hidden: nnx.Initializer  # of the weights of hidden layers
     last: nnx.Initializer  # of the weights of the last layer
     largest_input: float  # observations are clipped to this magnitude
