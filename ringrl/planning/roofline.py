@@ -83,7 +83,7 @@ def step_time(workload: Workload, machine: Machine, *, hops_hide: bool = True) -
         matrices=matrices,
         attention=forward_kernels + backward_kernels,
         memory=_traffic(workload) / (device.bandwidth * attained.memory),
-        ring=_exposed_hops(workload, machine, attained, *hidden_by, forward_passes=again),
+        ring=_exposed_hops(workload, machine, attained, hidden_by, again),
         parameters=max(0.0, _gathering(workload, machine, attained) - matrices),
         sums=_sums(workload, machine, attained),
         model_flops=step_flops(model, workload.tokens, contexts) or 0.0,
@@ -120,15 +120,12 @@ def _traffic(workload: Workload) -> float:
 
 
 def _exposed_hops(
-    workload: Workload,
-    machine: Machine,
-    attained: Attained,
-    forward_kernels: float,
-    backward_kernels: float,
-    *,
-    forward_passes: int,
+    workload: Workload, machine: Machine, attained: Attained, kernels: tuple[float, float], forward_passes: int
 ) -> float:
-    """Return the exposed seconds of sending keys and values, and in the backward pass their float32 gradients."""
+    """Return the exposed seconds of sending keys and values, and in the backward pass their float32 gradients.
+
+    `kernels`: seconds of the kernels of both passes that hide the hops.
+    """
     model, mesh, strategy = workload.model, workload.config.mesh, workload.strategy.strategy
     if mesh.seq == 1:
         return 0.0
@@ -141,7 +138,7 @@ def _exposed_hops(
     hops = (mesh.seq - 1) / (rate * attained.links)
     sends = hops * numbers * workload.itemsize, hops * numbers * (workload.itemsize + 4)
     if strategy == "ring":
-        return forward_passes * max(0.0, sends[0] - forward_kernels) + max(0.0, sends[1] - backward_kernels)
+        return forward_passes * max(0.0, sends[0] - kernels[0]) + max(0.0, sends[1] - kernels[1])
     return forward_passes * sends[0] + sends[1]  # gathered at once, before the kernel
 
 

@@ -34,24 +34,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32
 
 from ringrl.attention.contract import LOG2_E, Cotangents, Gradients, Inputs, Partial, varying_like
-from ringrl.attention.kernels.hopper import (
-    CONSUMERS,
-    Buffer,
-    Feed,
-    Ref,
-    Visits,
-    Warpgroup,
-    WorkCell,
-    WorkDivision,
-    across,
-    by_warpgroup,
-    logits,
-    produce,
-    tile_array,
-    tile_mask,
-    untile,
-    visits,
-)
+from ringrl.attention.kernels import hopper
+from ringrl.attention.kernels.hopper import CONSUMERS, Buffer, Feed, Ref, Visits, Warpgroup, WorkCell, WorkDivision
 from ringrl.attention.kernels.tuning import hopper_blocks
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Side, tile_side
 
@@ -80,9 +64,9 @@ def _cut(
 
     def cut(x: jax.Array) -> jax.Array:
         x = x.reshape(-1, inputs.queries.positions.shape[1], *x.shape[2:])  # (N * groups, S, ...)
-        return tile_array(x, query_tile, per_query_cell)
+        return hopper.tile_array(x, query_tile, per_query_cell)
 
-    kv = tile_array(inputs.kv.reshape(-1, *inputs.kv.shape[2:]), key_tile, per_key_cell)
+    kv = hopper.tile_array(inputs.kv.reshape(-1, *inputs.kv.shape[2:]), key_tile, per_key_cell)
     return _Operands(cut(inputs.q), jax.tree.map(cut, by_query), kv, query_tiles, key_tiles), queries, keys
 
 
@@ -124,20 +108,20 @@ def _produce(work: WorkDivision, groups: int, operands: _Operands, visits: Visit
         return lambda head, tile, _: (operands.kv.at[2 * lax.div(head, jnp.int32(groups)) + which, tile],)
 
     owned = Feed(of_q, lambda head, tile: (operands.q.at[head, tile],))
-    produce(work, visits, owned, Feed(of_k, keys_or_values(0)), Feed(of_v, keys_or_values(1)))
+    hopper.produce(work, visits, owned, Feed(of_k, keys_or_values(0)), Feed(of_v, keys_or_values(1)))
 
 
 def _fold(options: Options, state: _State, products: jax.Array, mask: jax.Array | None) -> tuple[_State, jax.Array]:
     """Rescale the online softmax for one tile of products. Return the state and the tile's weights."""
-    s, factor, _ = logits(options, products)
+    s, factor, _ = hopper.logits(options, products)
     if mask is not None:
         s = jnp.where(mask, s, -jnp.inf)
     maximum = jnp.maximum(state.maximum, s.max(1) * factor)
     # Without a mask every row has a visible key.
     shift = maximum if mask is None else jnp.where(maximum == -jnp.inf, 0.0, maximum)
     alpha = jnp.exp2(state.maximum - shift)
-    p = jnp.exp2(s * factor - across(shift, s.shape, 0))
-    o = state.o * across(alpha, state.o.shape, 0)
+    p = jnp.exp2(s * factor - hopper.across(shift, s.shape, 0))
+    o = state.o * hopper.across(alpha, state.o.shape, 0)
     return _State(o, maximum, state.total * alpha + p.sum(1)), p
 
 
@@ -163,7 +147,7 @@ def _consume(program: _Program) -> None:
             mask = None
             if not is_full:
                 keys = program.visited_side(operands.keys, cell, i)
-                mask = tile_mask(options.rule, queries, keys, products.shape)
+                mask = hopper.tile_mask(options.rule, queries, keys, products.shape)
             state, p = _fold(options, state, products, mask)
             # The softmax ends before the turn passes to the other consumer.
             state, p = lax.optimization_barrier((state, p.astype(of_v.arrays[0].dtype)))
@@ -196,7 +180,7 @@ def _begin(unit: Warpgroup, start: Partial | None, head: jax.Array, tile: jax.Ar
     o, lse = unit.load(start.o.at[head, tile], plgpu.Layout.WGMMA), unit.vector(start.lse.at[head, tile], 1)
     total = jnp.where(lse == -jnp.inf, 0.0, 1.0)
     # The product also drops o's type over mesh axes, which a loop inside shard_map rejects (jax 0.10).
-    return _State(o * across(total, o.shape, 0), lse * LOG2_E, total)
+    return _State(o * hopper.across(total, o.shape, 0), lse * LOG2_E, total)
 
 
 def _finish(state: _State, outputs: tuple[Ref, Ref], head: jax.Array, tile: jax.Array) -> None:
@@ -204,7 +188,7 @@ def _finish(state: _State, outputs: tuple[Ref, Ref], head: jax.Array, tile: jax.
     o, lse = outputs
     sees_nothing = state.total == 0
     total = jnp.where(sees_nothing, 1.0, state.total)
-    o[head, tile] = state.o * across(1 / total, state.o.shape, 0)
+    o[head, tile] = state.o * hopper.across(1 / total, state.o.shape, 0)
     lse[head, tile] = jnp.where(sees_nothing, -jnp.inf, state.maximum / LOG2_E + jnp.log(total))
 
 
@@ -216,7 +200,7 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
     q, tokens, head_dim = inputs.q, inputs.queries.positions.shape[1], inputs.q.shape[-1]
     own, visited, stages = hopper_blocks("forward", head_dim, options)
     operands, queries, keys = _cut(inputs, start, own, visited, own_queries=True)
-    plan = visits(options.rule, queries, keys, own_queries=True)
+    plan = hopper.visits(options.rule, queries, keys, own_queries=True)
     work, unit = WorkDivision(inputs.kv_heads * inputs.groups), Warpgroup(interpret is not None)
     q_tile, kv_tile = (jax.ShapeDtypeStruct((rows, head_dim), q.dtype) for rows in (own, visited))
     slots = Buffer.of(stages, CONSUMERS, kv_tile)
@@ -224,20 +208,22 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
 
     def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, Ref], scratch: tuple[Any, ...]) -> None:
         program = _Program(work, options, unit, operands, visits, outputs, scratch)
-        by_warpgroup(partial(_produce, work, inputs.groups, operands, visits, *scratch[:3]), partial(_consume, program))
+        hopper.by_warpgroup(
+            partial(_produce, work, inputs.groups, operands, visits, *scratch[:3]), partial(_consume, program)
+        )
 
     outputs = [jax.ShapeDtypeStruct(operands.q.shape[: 4 - i], jnp.float32) for i in range(2)]
     o, lse = work.launch(body, operands, plan, outputs, scratch, interpret)
-    return varying_like(q, Partial(untile(o, tokens, q.shape), untile(lse, tokens, q.shape[:2])))
+    return varying_like(q, Partial(hopper.untile(o, tokens, q.shape), hopper.untile(lse, tokens, q.shape[:2])))
 
 
 def _weights(
     options: Options, lse: jax.Array, mask: jax.Array | None, axis: int, products: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     """Return the softmax weights of a tile from the log-sum-exp along `axis`, and the derivative of the cap."""
-    s, factor, slope = logits(options, products)
+    s, factor, slope = hopper.logits(options, products)
     # Rounding of large logits must not give weights above 1.
-    p = jnp.exp2(jnp.minimum(s * factor - across(lse, s.shape, axis), 0.0))
+    p = jnp.exp2(jnp.minimum(s * factor - hopper.across(lse, s.shape, axis), 0.0))
     return (p if mask is None else jnp.where(mask, p, 0.0)), slope
 
 
@@ -245,7 +231,7 @@ def _logit_gradients(
     p: jax.Array, slope: jax.Array | None, dp: jax.Array, delta: jax.Array, axis: int, dtype: jnp.dtype
 ) -> jax.Array:
     """Return the gradient of the logits without their scale."""
-    ds = p * (dp - across(delta, dp.shape, axis))
+    ds = p * (dp - hopper.across(delta, dp.shape, axis))
     return (ds if slope is None else ds * slope).astype(dtype)
 
 
@@ -267,7 +253,7 @@ def _consume_queries(program: _Program) -> None:
             mask = None
             if not is_full:
                 keys = program.visited_side(operands.keys, cell, i)
-                mask = tile_mask(options.rule, queries, keys, (q.shape[0], k.shape[0]))
+                mask = hopper.tile_mask(options.rule, queries, keys, (q.shape[0], k.shape[0]))
             plgpu.barrier_wait(visited.ready.at[slot])
             (p, slope), dp = unit.two_products(q, k, do, v, partial(_weights, options, lse, mask, 0))
             dq = unit.accumulate(dq, _logit_gradients(p, slope, dp, delta, 0, q.dtype), k)
@@ -300,7 +286,7 @@ def _consume_keys(program: _Program) -> None:
             mask = None
             if not is_full:
                 queries = program.visited_side(operands.queries, cell, i)
-                mask = tile_mask(options.rule, queries, keys, (k.shape[0], q.shape[0]), query_axis=1)
+                mask = hopper.tile_mask(options.rule, queries, keys, (k.shape[0], q.shape[0]), query_axis=1)
             plgpu.barrier_wait(visited.ready.at[slot])
             weights = partial(_weights, options, unit.vector(lse, 0), mask, 1)
             (p, slope), dp = unit.two_products(k, q, v, do, weights)
@@ -325,7 +311,7 @@ def _gradients(inputs: Inputs, cotangents: Cotangents, options: Options, interpr
     own, visited, stages = hopper_blocks("dkv" if of_keys else "dq", q.shape[-1], options)
     blocks = (visited, own) if of_keys else (own, visited)
     operands, queries, keys = _cut(inputs, cotangents, *blocks, own_queries=not of_keys)
-    plan = visits(options.rule, queries, keys, own_queries=not of_keys)
+    plan = hopper.visits(options.rule, queries, keys, own_queries=not of_keys)
     work = WorkDivision(inputs.kv_heads, groups) if of_keys else WorkDivision(inputs.kv_heads * groups)
     owned_tile, visited_tile = (jax.ShapeDtypeStruct((rows, q.shape[-1]), q.dtype) for rows in (own, visited))
     row_values = [jax.ShapeDtypeStruct((visited,), jnp.float32)] * (2 if of_keys else 0)
@@ -352,12 +338,12 @@ def _gradients(inputs: Inputs, cotangents: Cotangents, options: Options, interpr
             )
         consume, unit = _consume_keys if of_keys else _consume_queries, Warpgroup(interpret is not None)
         program = _Program(work, options, unit, operands, visits, outputs, scratch)
-        by_warpgroup(partial(produce, work, visits, *feeds), partial(consume, program))
+        hopper.by_warpgroup(partial(hopper.produce, work, visits, *feeds), partial(consume, program))
 
     like, length = (inputs.kv, inputs.kv.shape[2]) if of_keys else (q, inputs.queries.positions.shape[1])
     outputs = [jax.ShapeDtypeStruct((operands.kv if of_keys else operands.q).shape, jnp.float32)]
     (found,) = work.launch(body, operands, plan, outputs, scratch, interpret)
-    return untile(found, length, like.shape)
+    return hopper.untile(found, length, like.shape)
 
 
 def backward(

@@ -43,19 +43,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float32
 
 from ringrl.attention.contract import LOG2_E, Cotangents, Gradients, Inputs, Partial
-from ringrl.attention.kernels.mosaic_tpu_tiles import (
-    Interpret,
-    TilePair,
-    cost,
-    cut_sides,
-    logits,
-    product,
-    shape_like,
-    specs_of,
-    tile_mask,
-    tiling_of,
-    visit,
-)
+from ringrl.attention.kernels import mosaic_tpu_tiles as tiles
 from ringrl.attention.mask import Options
 
 
@@ -63,7 +51,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     pairs, q, k, v, queries, keys, start_o, start_lse, o, lse, accumulator, maximum, total, *, options, tiling
 ):
     """Process one pair of tiles; arguments are references, `start_*` None without a start."""
-    pair = TilePair.at(pairs, pl.program_id(0), pl.program_id(3), tiling)
+    pair = tiles.TilePair.at(pairs, pl.program_id(0), pl.program_id(3), tiling)
 
     @pl.when(pair.is_first)
     def _start() -> None:
@@ -77,18 +65,18 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             total[...] = jnp.where(start_lse[...] == -jnp.inf, 0.0, 1.0)
 
     def compute(mask: jax.Array | None) -> None:
-        s, _ = logits(options, k[...], q[...].reshape(-1, q.shape[-1]))
+        s, _ = tiles.logits(options, k[...], q[...].reshape(-1, q.shape[-1]))
         if mask is not None:
             s = jnp.where(mask, s, -jnp.inf)
         new_maximum = jnp.maximum(maximum[...], s.max(0, keepdims=True))
         shift = jnp.where(new_maximum == -jnp.inf, 0.0, new_maximum)  # rows without a visible key so far
         p = jnp.exp2(s - shift)
         alpha = jnp.exp2(maximum[...] - shift)
-        accumulator[...] = accumulator[...] * alpha + product(v[...], p.astype(v.dtype), (0, 0))
+        accumulator[...] = accumulator[...] * alpha + tiles.product(v[...], p.astype(v.dtype), (0, 0))
         total[...] = total[...] * alpha + p.sum(0, keepdims=True)
         maximum[...] = new_maximum
 
-    visit(pair, lambda: tile_mask(options.rule, queries[...], keys[...]), compute)
+    tiles.visit(pair, lambda: tiles.tile_mask(options.rule, queries[...], keys[...]), compute)
 
     @pl.when(pair.is_last)
     def _finish() -> None:
@@ -97,21 +85,23 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         lse[...] = (maximum[...] + jnp.log2(total[...])) / LOG2_E
 
 
-def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, interpret: Interpret = False) -> Partial:
+def forward(
+    inputs: Inputs, options: Options, start: Partial | None = None, *, interpret: tiles.Interpret = False
+) -> Partial:
     """Return normalised output and log-sum-exp over these keys, continued from `start`; 0 and -inf without keys.
 
     ValueError for more tiles than the list holds (`too_many`).
     """
     q = inputs.q
-    tiling = tiling_of(inputs, options)
-    sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling)
-    specs = specs_of(tiling, sides)
+    tiling = tiles.tiling_of(inputs, options)
+    sides = tiles.cut_sides(options.rule, inputs.queries, inputs.keys, tiling)
+    specs = tiles.specs_of(tiling, sides)
     kv = tiling.cut_keys(inputs.kv)
     arrays = tiling.cut_queries(q), kv, kv, sides.queries, sides.keys
     started = (None, None) if start is None else (tiling.cut_queries(start.o), tiling.cut_rows(start.lse, -jnp.inf))
     started_specs = (None, None) if start is None else (specs.queries, specs.rows)
     row_shape = (*arrays[0].shape[:3], tiling.query_tiles, 1, tiling.rows)
-    shapes = [shape_like(q, arrays[0].shape), shape_like(q, row_shape)]
+    shapes = [tiles.shape_like(q, arrays[0].shape), tiles.shape_like(q, row_shape)]
     o, lse = pl.pallas_call(
         partial(_forward_kernel, options=options, tiling=tiling),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -123,7 +113,7 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
         ),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
-        cost_estimate=cost(tiling, 2, options, arrays[0], kv, *shapes),
+        cost_estimate=tiles.cost(tiling, 2, options, arrays[0], kv, *shapes),
         interpret=interpret,
         name="ring_attention_forward",
     )(sides.pairs, *arrays, *started)
@@ -132,11 +122,11 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
 
 def _tile_gradients(options: Options, mask: jax.Array | None, q, k, v, do, lse, delta) -> tuple[jax.Array, jax.Array]:  # type: ignore[no-untyped-def]
     """Return p and ds (block_k, rows) of a pair of tiles, float32; ds without the scale."""
-    s, cap_slope = logits(options, k, q)
+    s, cap_slope = tiles.logits(options, k, q)
     p = jnp.exp2(jnp.minimum(s - lse, 0.0))  # rounding of large logits must not give weights above 1
     if mask is not None:
         p = jnp.where(mask, p, 0.0)
-    ds = p * (product(v, do, (1, 1)) - delta)
+    ds = p * (tiles.product(v, do, (1, 1)) - delta)
     return p, ds if cap_slope is None else ds * cap_slope
 
 
@@ -147,7 +137,7 @@ def _rows_of(x) -> jax.Array:  # type: ignore[no-untyped-def]
 
 def _dq_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dq, accumulator, *, options, tiling):  # type: ignore[no-untyped-def]
     """Process one pair of tiles; arguments are references."""
-    pair = TilePair.at(pairs, pl.program_id(0), pl.program_id(3), tiling)
+    pair = tiles.TilePair.at(pairs, pl.program_id(0), pl.program_id(3), tiling)
 
     @pl.when(pair.is_first)
     def _start() -> None:
@@ -156,9 +146,9 @@ def _dq_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dq, accumul
     def compute(mask: jax.Array | None) -> None:
         keys = k[...]
         _, ds = _tile_gradients(options, mask, _rows_of(q), keys, v[...], _rows_of(do), lse[...], delta[...])
-        accumulator[...] += product(keys, ds.astype(keys.dtype), (0, 0))
+        accumulator[...] += tiles.product(keys, ds.astype(keys.dtype), (0, 0))
 
-    visit(pair, lambda: tile_mask(options.rule, query_side[...], key_side[...]), compute)
+    tiles.visit(pair, lambda: tiles.tile_mask(options.rule, query_side[...], key_side[...]), compute)
 
     @pl.when(pair.is_last)
     def _finish() -> None:
@@ -167,7 +157,7 @@ def _dq_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dq, accumul
 
 def _dkv_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dkv, dk_sum, dv_sum, *, options, tiling):  # type: ignore[no-untyped-def]
     """Process one pair of tiles for one share of the heads; arguments are references."""
-    pair, share = TilePair.at(pairs, pl.program_id(0), pl.program_id(2), tiling), pl.program_id(3)
+    pair, share = tiles.TilePair.at(pairs, pl.program_id(0), pl.program_id(2), tiling), pl.program_id(3)
 
     @pl.when(pair.is_first & (share == 0))
     def _start() -> None:
@@ -177,10 +167,10 @@ def _dkv_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dkv, dk_su
     def compute(mask: jax.Array | None) -> None:
         queries, cotangents = _rows_of(q), _rows_of(do)
         p, ds = _tile_gradients(options, mask, queries, k[...], v[...], cotangents, lse[...], delta[...])
-        dv_sum[...] += product(p.astype(cotangents.dtype), cotangents, (1, 0))
-        dk_sum[...] += product(ds.astype(queries.dtype), queries, (1, 0))
+        dv_sum[...] += tiles.product(p.astype(cotangents.dtype), cotangents, (1, 0))
+        dk_sum[...] += tiles.product(ds.astype(queries.dtype), queries, (1, 0))
 
-    visit(pair, lambda: tile_mask(options.rule, query_side[...], key_side[...]), compute)
+    tiles.visit(pair, lambda: tiles.tile_mask(options.rule, query_side[...], key_side[...]), compute)
 
     @pl.when(pair.is_last & (share == tiling.shares - 1))
     def _finish() -> None:
@@ -194,7 +184,7 @@ def backward(
     cotangents: Cotangents,
     dq: Float32[Array, "heads rows head_dim"] | None = None,
     *,
-    interpret: Interpret = False,
+    interpret: tiles.Interpret = False,
 ) -> Gradients:
     """Return the gradients of these keys, and of the queries through these keys, added to `dq` if given.
 
@@ -209,16 +199,16 @@ def backward(
 
 
 def _gradients(
-    inputs: Inputs, options: Options, cotangents: Cotangents, interpret: Interpret, *, of_keys: bool
+    inputs: Inputs, options: Options, cotangents: Cotangents, interpret: tiles.Interpret, *, of_keys: bool
 ) -> jax.Array:
     """Return dq, or dk and dv, from a kernel that visits the pairs in order of query tiles or of key tiles."""
-    tiling = tiling_of(inputs, options)
-    sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling, by_key=of_keys)
-    specs = specs_of(tiling, sides, by_key=of_keys)
+    tiling = tiles.tiling_of(inputs, options)
+    sides = tiles.cut_sides(options.rule, inputs.queries, inputs.keys, tiling, by_key=of_keys)
+    specs = tiles.specs_of(tiling, sides, by_key=of_keys)
     queries = *map(tiling.cut_queries, (inputs.q, cotangents.do)), *map(tiling.cut_rows, cotangents[1:]), sides.queries
     kv = tiling.cut_keys(inputs.kv)
     arrays = *queries, kv, kv, sides.keys
-    shape = shape_like(inputs.q, (kv if of_keys else arrays[0]).shape)
+    shape = tiles.shape_like(inputs.q, (kv if of_keys else arrays[0]).shape)
     sums = [(tiling.block_k, tiling.head_dim)] * 2 if of_keys else [(tiling.head_dim, tiling.rows)]
     loops = (sides.steps, tiling.shares) if of_keys else (tiling.shares, sides.steps)
     result = pl.pallas_call(
@@ -241,7 +231,7 @@ def _gradients(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary" if of_keys else "parallel", "arbitrary")
         ),
-        cost_estimate=cost(tiling, 4 if of_keys else 3, options, *arrays[:-2], shape),
+        cost_estimate=tiles.cost(tiling, 4 if of_keys else 3, options, *arrays[:-2], shape),
         interpret=interpret,
         name="ring_attention_dkv" if of_keys else "ring_attention_dq",
     )(sides.pairs, *arrays)
