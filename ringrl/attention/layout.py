@@ -69,8 +69,7 @@ def shard_positions(
 def layout_positions(layout: str, length: int, ring_size: int) -> Int32[Array, " length"]:
     """Return the position of each token of a whole sequence in layout order: to_layout(arange(length)).
 
-    Rotary and learned position embeddings of arrays in layout order take these positions. ValueError for an unknown
-    layout, or a length that does not divide.
+    Position embeddings of arrays in layout order take these positions. ValueError as for `to_layout`.
     """
     check_length("length", length, layout, ring_size)
     shards = [shard_positions(layout, ring_size, length // ring_size, index) for index in range(ring_size)]

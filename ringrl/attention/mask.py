@@ -21,10 +21,7 @@ PADDING_QUERY, PADDING_KEY = -(2**31), -(2**31) + 1
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The static part of the mask.
-
-    With a window (left, right), a query at p sees keys in [p - left, p + right], and the keys of its global prefix.
-    """
+    """The static part of the mask. With a window (left, right), a query at p sees keys in [p - left, p + right]."""
 
     is_causal: bool = True
     window: tuple[int, int] | None = None

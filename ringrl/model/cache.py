@@ -69,10 +69,7 @@ def attend(
     parallel: Parallel,
     **mask: Any,
 ) -> Float[Array, "batch new_tokens heads head_dim"]:
-    """Attend from the newest tokens to a layer's cache of `length` tokens and to the prefix before it.
-
-    `mask`: options of `decode_attention`.
-    """
+    """Attend from new tokens to a layer's cache of `length` tokens and its prefix. `mask`: of `decode_attention`."""
     batch, new, heads, head_dim = q.shape
     kv_heads = keys.shape[0] // batch
     q = _heads_first(q, kv_heads)

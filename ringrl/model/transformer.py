@@ -136,10 +136,7 @@ class Attention(nnx.Module):
         *,
         only: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Attend from new tokens to the prefix, the cache and themselves. Return the output and the longer cache.
-
-        `only`: index of the one new token whose output is returned.
-        """
+        """Return the output of new tokens (or of the one at index `only`) that see all before, and the longer cache."""
         begin = length if prefix is None else prefix.length + length
         q, k, v = self._project(x, begin + jnp.arange(x.shape[1]), time=None)
         keys, values = append(keys, k, length, self.parallel), append(values, v, length, self.parallel)

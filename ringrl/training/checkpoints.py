@@ -58,7 +58,6 @@ class RunInfo:
         return f"{method_of(config)}, {length}{config.task}"
 
     def __repr__(self) -> str:
-        """Return one line: title, and size and best return of the data."""
         return f"RunInfo({self.title}, {self.transitions:,} transitions, best return {self.best_return:.4g})"
 
     def to_json(self) -> dict[str, Any]:

@@ -84,11 +84,9 @@ class WandbWriter:
             raise UserError(f"--log wandb: {brief(error)}; WANDB_MODE=offline needs no account") from error
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write the numbers of a step."""
         self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
-        """Flush, and upload unless offline."""
         self._run.finish()
 
 
@@ -114,10 +112,7 @@ class MetricsLog(ExitStack):
         self._file = self.enter_context(path.open("a"))
 
     def write(self, entries: list[dict[str, Any]]) -> None:
-        """Append one line per entry, a dict of `step` and named numbers. A number that is not finite is null.
-
-        Lists of numbers are written to the file only.
-        """
+        """Append one line per entry: a dict of `step`, numbers (null if not finite), and lists for the file only."""
         rows = [{name: _finite(value) for name, value in entry.items()} for entry in entries]
         self._file.write("".join(with_crc(json.dumps(row)) + "\n" for row in rows))
         self._file.flush()

@@ -55,10 +55,7 @@ def claim_folder(config: TrainConfig, resume: bool) -> None:
 
 
 def saved_configuration(run: Path) -> TrainConfig:
-    """Return the settings of a run: those of its newest checkpoint, or of config.yaml if it has none.
-
-    Raise UserError if they cannot be read.
-    """
+    """Return the settings of a run, from its newest checkpoint or config.yaml. UserError if they cannot be read."""
     if saved_steps(run):
         return read_info(run)[1].config
     saved = run / "config.yaml"

@@ -23,10 +23,7 @@ FIRST_BATCH = 2**80  # step of the first batch; neither training nor prompts rea
 
 
 class Validation:
-    """The loss on held-out batches of a policy with structure `graph`, as a pure function of its parameters.
-
-    `sources` are those of `held_out_sources`.
-    """
+    """The loss on batches of `held_out_sources`, as a pure function of the parameters of a policy (`graph`)."""
 
     def __init__(
         self, config: TrainConfig, graph: Any, sources: Sequence[BatchSource], episode_length: int, parallel: Parallel

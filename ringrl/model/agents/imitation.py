@@ -151,10 +151,7 @@ def make_agent(make_policy: Callable[[], ImitationPolicy], config: TrainConfig, 
 
 @lru_cache(maxsize=8)  # runs of equal policies in one process are traced and compiled once
 def make_train_step(graph: Any, optimiser: optax.GradientTransformation, accumulation: int = 1) -> TrainStep:
-    """Return a jitted step that donates the state, with the metrics of `finish`.
-
-    The gradient of the whole batch is computed in `accumulation` parts, one after the other.
-    """
+    """Return a jitted step that donates the state. It computes the gradient in `accumulation` parts of the batch."""
 
     def train_step(state: TrainState, batch: Context) -> tuple[TrainState, dict[str, jax.Array]]:
         weight = nnx.merge(graph, state.params).weights(batch).sum()
