@@ -13,12 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ringrl.errors import UserError, brief
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
 
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 UNREADABLE = {
@@ -106,11 +103,11 @@ def lock(path: Path, doing: str, *, file: Path | None = None, wait: bool = False
         held.release()
 
 
-def _acquire(path: Path, doing: str, file: Path, timeout: float) -> "BaseFileLock":
+def _acquire(path: Path, doing: str, file: Path, timeout: float) -> Any:
     from filelock import FileLock, SoftFileLock, Timeout  # slow to import
 
     remedy = "wait for it"
-    held: BaseFileLock = FileLock(file, timeout=timeout, thread_local=False, fallback_to_soft=False)
+    held: Any = FileLock(file, timeout=timeout, thread_local=False, fallback_to_soft=False)
     try:
         try:
             held.acquire()

@@ -93,14 +93,14 @@ class Ring:
                 dblocks = self._send(leg, dblocks)
                 tied = lax.optimization_barrier((*gradients(dq, blocks), arriving, dblocks))
                 dq, dblocks_part, arriving, dblocks = tied
-                return (dq, _add(dblocks, dblocks_part), arriving), None
+                return (dq, jax.tree.map(jnp.add, dblocks, dblocks_part), arriving), None
 
             start = varying_like(inputs.q, [jnp.zeros(block.kv.shape, jnp.float32) for block in blocks])
             (dq, dblocks, blocks), _ = lax.scan(hop, (dq, start, blocks), None, length=sends)
             dblocks = self._send(leg, dblocks) if sends else dblocks
             dq, dblocks_part = gradients(dq, blocks)
             back = dataclasses.replace(leg, shifts=tuple(-leg.hops * shift for shift in leg.shifts))
-            returned.append(_join_heads(self._send(back, _add(dblocks, dblocks_part)), inputs))
+            returned.append(_join_heads(self._send(back, jax.tree.map(jnp.add, dblocks, dblocks_part)), inputs))
         return Gradients(dq, sum(returned[1:], start=returned[0]))
 
     def _start(self, leg: Leg, number: int, inputs: Inputs) -> tuple[list[KeyBlock], int]:
@@ -159,10 +159,6 @@ def _join_heads(parts: list[Tree], inputs: Inputs) -> Tree:
         return jnp.concatenate(heads, axis=1).reshape(-1, *shares[0].shape[1:])
 
     return jax.tree.map(together, *parts)
-
-
-def _add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
-    return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def make_ring(

@@ -1,10 +1,5 @@
 """The device mesh of a run, and sharding rules from the axis names of a model's arrays to the axes of the mesh.
 
-    batch  -> data, fsdp     contexts of a batch
-    time   -> seq            steps of each context, and the tokens of these steps
-    heads, hidden -> tensor  attention heads and units of the feed-forward layer
-    embed  -> fsdp, seq      parameters, gathered layer by layer when they are used
-
 `split` names the axes of a parameter where the parameter is created. Parameters outside the transformer blocks (token
 embeddings, action head, norms) are small and replicated. XLA inserts the transfers.
 """
@@ -25,11 +20,11 @@ from ringrl.errors import UserError
 MESH_AXES = (*BATCH_AXES, "tensor", SEQUENCE_AXIS)
 
 SPLIT: Mapping[str, tuple[str, ...]] = {
-    "batch": BATCH_AXES,
-    "time": (SEQUENCE_AXIS,),
+    "batch": BATCH_AXES,  # contexts of a batch
+    "time": (SEQUENCE_AXIS,),  # steps of each context, and the tokens of these steps
     "heads": ("tensor",),
-    "hidden": ("tensor",),
-    "embed": ("fsdp", SEQUENCE_AXIS),
+    "hidden": ("tensor",),  # units of the feed-forward layer
+    "embed": ("fsdp", SEQUENCE_AXIS),  # features of parameters, gathered layer by layer when they are used
     "layers": (),
 }
 

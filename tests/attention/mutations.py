@@ -45,8 +45,8 @@ MUTATIONS = {
     ),
     "stale_block_in_backward": Mutation(
         "ring.py",
-        "return (dq, _add(dblocks, dblocks_part), arriving), None",
-        "return (dq, _add(dblocks, dblocks_part), blocks), None",
+        "return (dq, jax.tree.map(jnp.add, dblocks, dblocks_part), arriving), None",
+        "return (dq, jax.tree.map(jnp.add, dblocks, dblocks_part), blocks), None",
     ),
     "last_hop_dropped": Mutation(
         "ring.py",
@@ -77,8 +77,8 @@ MUTATIONS = {
     ),
     "gradients_do_not_come_home": Mutation(
         "ring.py",
-        "self._send(back, _add(dblocks, dblocks_part))",
-        "_add(dblocks, dblocks_part)",
+        "self._send(back, jax.tree.map(jnp.add, dblocks, dblocks_part))",
+        "jax.tree.map(jnp.add, dblocks, dblocks_part)",
     ),
     "gradients_sent_the_wrong_way_home": Mutation("ring.py", "shifts=tuple(-leg.hops", "shifts=tuple(leg.hops"),
     "gradients_of_the_last_leg_only": Mutation(

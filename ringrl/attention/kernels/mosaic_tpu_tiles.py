@@ -109,25 +109,7 @@ class Tiling:
 
 
 def tiling_of(inputs: Inputs, options: Options) -> Tiling:
-    """Return tiles with the most heads that fit. ValueError for too many tiles."""
-    tiling = _tiling(inputs, options)
-    if tiling is None:
-        raise ValueError(str(too_many(inputs, options)))
-    return tiling
-
-
-def too_many(inputs: Inputs, options: Options) -> str | None:
-    """Return one sentence if the list of pairs is too short for the forward or the backward pass, or None."""
-    if _tiling(inputs, options):
-        return None
-    (batch, queries), keys = inputs.queries.positions.shape, inputs.kv.shape[2]
-    return (
-        f"q, k: {batch} x {queries} queries and {keys} keys per device exceed the {MAX_PAIRS} pairs of tiles of the TPU"
-        " kernel: use a smaller batch or more devices along the sequence"
-    )
-
-
-def _tiling(inputs: Inputs, options: Options) -> Tiling | None:
+    """Return tiles with the most heads that fit. ValueError if the list of pairs is too short for a pass."""
     q, head_dim = inputs.q, inputs.q.shape[-1]
     (batch, queries), keys = inputs.queries.positions.shape, inputs.kv.shape[2]
     kv_heads, heads = inputs.kv_heads, inputs.groups
@@ -140,6 +122,18 @@ def _tiling(inputs: Inputs, options: Options) -> Tiling | None:
         tiling = Tiling(batch, kv_heads, heads // groups, groups, queries, keys, head_dim, block_q, block_k)
         if batch * tiling.pairs <= MAX_PAIRS and max(tiling.query_tiles, tiling.key_tiles) <= 2**TILE_BITS:
             return tiling
+    raise ValueError(
+        f"q, k: {batch} x {queries} queries and {keys} keys per device exceed the {MAX_PAIRS} pairs of tiles of the TPU"
+        " kernel: use a smaller batch or more devices along the sequence"
+    )
+
+
+def too_many(inputs: Inputs, options: Options) -> str | None:
+    """Return the error of `tiling_of` as one sentence, or None."""
+    try:
+        tiling_of(inputs, options)
+    except ValueError as error:
+        return str(error)
     return None
 
 
