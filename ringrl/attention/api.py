@@ -43,7 +43,7 @@ def _public(function: Callable[..., Any]) -> AttentionFunction:
             found = call(q[None], k[None], v[None], sinks=sinks, return_residual=return_residual, **options)
             return jax.tree.map(lambda x: x[0], found)
         arguments.check_arrays(q, k, v)
-        signature.bind(q, k, v, **options)
+        Keywords(**signature.bind(q, k, v, **options).arguments.get("options", {}))  # TypeError for unknown keywords
         sinks = arguments.per_head("sinks", sinks, q.shape[2])
         if (slopes := options.get("alibi_slopes")) is not None:
             options["alibi_slopes"] = arguments.per_head("alibi_slopes", slopes, q.shape[2])
