@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for step in range(options.batches + 1):
             batch = sampler.batch(step)  # also brings every page of the file into memory
             if step:
-                times["plan"].append(milliseconds(sampler.plan, step))
+                times["plan"].append(milliseconds(sampler.draw, step))
                 times["assemble"].append(milliseconds(sampler.batch, step))
                 times["copy"].append(milliseconds(copied, jax.tree.leaves(batch)))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))

@@ -240,10 +240,11 @@ def reading(runs: int, folder: Path) -> dict[str, Numbers]:
 
 def made_up_store(path: Path, episodes: int) -> None:
     """Write a sparse walker store of zeros, which takes almost no disk."""
-    from ringrl.data.store.writer import create_store
+    from ringrl.data.store import Provenance, create_store
     from ringrl.envs import domain_named
 
-    with create_store(path, "walker", domain_named("walker").tasks, [1000] * episodes, source="zeros") as writer:
+    walker = domain_named("walker")
+    with create_store(path, walker, walker.tasks, [1000] * episodes, source=Provenance("zeros")) as writer:
         layout = writer.layout
         zeros = {key: np.zeros(layout.shape(key, 1001), spec.dtype) for key, spec in layout.arrays.items()}
         writer.records = [layout.record(zeros)] * episodes
@@ -267,13 +268,13 @@ def batches(runs: int, folder: Path, batch: tuple[int, int]) -> dict[str, Number
     """Measure a batch of contexts from a warm store with twice its episodes, and a copy of the same bytes."""
     import jax
 
-    from ringrl.data.store.writer import create_store
+    from ringrl.data.store import Provenance, create_store
     from ringrl.envs import domain_named
 
     random, path = np.random.default_rng(0), folder / "batch.h5"
     (episode,) = record("walker_walk", 1)
     number, tasks = 2 * batch[0] * batch[1], domain_named("walker").tasks
-    with create_store(path, "walker", tasks, [1000] * number, source="made up") as writer:
+    with create_store(path, domain_named("walker"), tasks, [1000] * number, source=Provenance("made up")) as writer:
         for _ in range(number):
             rewards = random.random((len(tasks), 1001)).astype(np.float32)
             writer.append(episode | {f"reward/{task}": reward for task, reward in zip(tasks, rewards, strict=True)})

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ringrl.context import Context, Outcome
-from ringrl.data.store.format import recorded_arrays, reward_key
+from ringrl.data.store.format import Provenance, recorded_arrays, reward_key
 from ringrl.data.store.writer import create_store
 from ringrl.envs import DOMAINS
 from ringrl.planning.workload import ACTION, OBSERVATION
@@ -16,8 +16,8 @@ DOMAIN, STEPS_PER_EPISODE = "walker", 1000
 def write_random_store(path: Path, episodes: int) -> None:
     """Write a store of random episodes of 1000 steps."""
     domain, random = DOMAINS[DOMAIN], np.random.default_rng(0)
-    rows = STEPS_PER_EPISODE + 1
-    with create_store(path, DOMAIN, domain.tasks, [STEPS_PER_EPISODE] * episodes, source="random numbers") as writer:
+    rows, made = STEPS_PER_EPISODE + 1, Provenance("random numbers")
+    with create_store(path, domain, domain.tasks, [STEPS_PER_EPISODE] * episodes, source=made) as writer:
         for _ in range(episodes):
             episode = {
                 key: random.normal(size=(rows, column.width)).astype(column.dtype)

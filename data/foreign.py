@@ -117,8 +117,7 @@ def write_episodes(
             None: actions are in [-1, 1], and the store has the file's name.
         reference_returns: mean returns of random actions and of an expert, for normalised scores.
         source: the origin of the episodes, for the store's description and for errors.
-        overwrite: replace an existing store.
-        progress: called with (finished episodes, total).
+        overwrite, progress: as for `import_archive`.
 
     Raises:
         UserError: arrays of other shapes, numbers that are not finite, no such environment or one with other spaces, an

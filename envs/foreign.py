@@ -43,10 +43,7 @@ def is_foreign(task: str) -> bool:
 
 
 def foreign_task(identifier: str, arguments: Mapping[str, Any] | None = None) -> str:
-    """Return the name of the task in a Gymnasium environment, given its id (or its name) and arguments.
-
-    UserError for an id with a module, or an argument that is not a plain value.
-    """
+    """Return the task of a Gymnasium id (or name) and plain arguments. UserError for a module, or another argument."""
     identifier = identifier.removeprefix(PREFIX)
     written = ",".join(f"{key}={value!r}" for key, value in sorted((arguments or {}).items()))
     task = f"{PREFIX}{identifier}({written})" if written else f"{PREFIX}{identifier}"

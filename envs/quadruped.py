@@ -55,10 +55,7 @@ class QuadrupedSimulation(Simulation):
         quadruped.Move(desired_speed=0, random=random).initialize_episode(self.physics)
 
     def read_observation(self, data: State) -> Observations:
-        """Return the observation.
-
-        Acceleration, forces and torques are those at the beginning of the last substep, where MuJoCo computes forces.
-        """
+        """Return the observation. Accelerations, forces and torques are those before the last substep, as in MuJoCo."""
         joints = data.qpos[..., _HINGE_POSITIONS], data.qvel[..., _HINGE_VELOCITIES], data.act
         sensed = data.sensordata
         torso = sensed[..., _VELOCITY], data.xmat[..., _TORSO, 8:], sensed[..., _INERTIAL]

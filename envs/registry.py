@@ -1,7 +1,4 @@
-"""All domains and tasks by name, and their Gymnasium ids. Nothing here imports MuJoCo.
-
-A new domain is a file like `walker.py` and an entry of `_SIMULATIONS`.
-"""
+"""All domains and tasks by name, and their Gymnasium ids. A new domain is a file like `walker.py` and an entry here."""
 
 import difflib
 from collections.abc import Iterable, Mapping

@@ -112,10 +112,7 @@ class EpisodeRenderer:
 
 @cache
 def shared_renderer(task: str) -> EpisodeRenderer:
-    """Return the renderer of a task that all environments of this process share until it ends.
-
-    Separate renderers could not be closed: MuJoCo frees the objects of the current OpenGL context.
-    """
+    """Return the renderer that all environments of a task share, because MuJoCo cannot close one of several."""
     renderer = EpisodeRenderer(task)
     atexit.register(renderer.close)  # before EGL's own exit, after which closing fails
     return renderer

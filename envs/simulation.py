@@ -191,10 +191,7 @@ def _restored(kind: type[Simulation], task: str, data: mujoco.MjData) -> Simulat
 
 
 class StackedData:
-    """Several MjData of one model: each of their arrays (`stacked.qpos`) stacked over a leading axis.
-
-    An array is copied on its first access and does not change until `renew`.
-    """
+    """Arrays of several MjData (`stacked.qpos`) over a leading axis, copied on their first access after `renew`."""
 
     def __init__(self, datas: Sequence[Any]) -> None:
         self._datas = datas

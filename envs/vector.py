@@ -193,9 +193,7 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     Args:
         task: "gymnasium:Hopper-v5".
-        num_envs: number of environments.
-        seed: environment i has the seed `seed + i`, or entry i of a sequence. None: from the operating system.
-        threads: threads that step. None: one per core that this process may use.
+        num_envs, seed, threads: as for `ExoRLVectorEnv`.
         timeout: seconds that a reset or a step may take.
 
     Raises:

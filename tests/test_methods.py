@@ -13,7 +13,7 @@ from ringrl.config_files import merged, read_yaml
 from ringrl.configs import preset
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
-from ringrl.evaluation import Protocol, evaluate_policy, evaluate_random, load_policy
+from ringrl.evaluation import Protocol, evaluate_policy, load_policy, random_evaluation, roll_out
 from ringrl.methods import METHODS, MethodName, check_method, method_of, title_of
 from ringrl.training import train
 
@@ -154,7 +154,7 @@ def test_every_method_trains_and_evaluates(name: str, trained: Callable[[str], P
 
 
 def test_random_actions_are_evaluated() -> None:
-    records = evaluate_random(REQUIRED["task"], Protocol(environments=2))
+    records = roll_out(random_evaluation(REQUIRED["task"], Protocol(environments=2)))
     assert [record.method for record in records] == ["random"] * 2
 
 

@@ -46,19 +46,11 @@ def download_archive(
 ) -> Path:
     """Download `{url}/{domain}/{algorithm}.zip` to `{folder}/{domain}/{algorithm}.zip` and return that path.
 
-    The archive appears when it is complete. An existing archive is kept. The next call after a failure resumes.
+    The archive appears when it is complete. An existing archive is kept. The next call after a failure resumes. A
+    connection or a read may wait for `timeout` seconds. `progress` is called with (received bytes, total).
 
-    Args:
-        domain: name of the domain, "walker".
-        algorithm: one of ALGORITHMS.
-        folder: parent of the domain's folder.
-        url: address of the archives (http or https).
-        timeout: seconds that a connection or a read may wait.
-        progress: called with (received bytes, total).
-
-    Raises:
-        UserError: unknown names, no connection, no such file on the server or one that is no zip archive, a full disk,
-            or another process that fetches the same file.
+    UserError for unknown names, no connection, no such file on the server or one that is no zip archive, a full disk,
+    or another process that fetches the same file.
     """
     if algorithm not in ALGORITHMS:
         raise UserError(f"unknown algorithm {algorithm!r}; algorithms: {', '.join(ALGORITHMS)}")

@@ -64,12 +64,12 @@ def import_archive(
     sources = tuple(map(Path, [source] if isinstance(source, str | Path) else source))
     if len({path.resolve() for path in sources}) < len(sources):
         raise UserError(f"{', '.join(map(str, sources))}: one archive is named twice; name it once")
-    plan = _plan(sources, facts, tasks, subset, max_episodes)
-    if not overwrite and (store := _finished_before(destination, plan)):
+    selected = _select(sources, facts, tasks, subset, max_episodes)
+    if not overwrite and (store := _finished_before(destination, selected)):
         return store
-    lengths = [facts.episode_length] * len(plan.members)
-    with create_store(destination, facts, tasks, lengths, source=plan.provenance, overwrite=overwrite) as writer:
-        writer.recorded_task = _import_episodes(plan, writer, progress)
+    lengths = [facts.episode_length] * len(selected.members)
+    with create_store(destination, facts, tasks, lengths, source=selected.provenance, overwrite=overwrite) as writer:
+        writer.recorded_task = _import_episodes(selected, writer, progress)
     return EpisodeStore(destination)
 
 
@@ -85,8 +85,8 @@ def chosen_episodes(subset: Subset, limit: int | None, episodes: int) -> tuple[I
     return chosen, f"{limit:,} of {episodes:,} episodes, {how}"
 
 
-class ImportPlan(NamedTuple):
-    """Everything that determines the content of the store."""
+class Selection(NamedTuple):
+    """The episodes to import, and all else that determines the content of the store."""
 
     members: list[tuple[Path, Member]]  # archives and their episodes
     domain: Domain
@@ -95,9 +95,9 @@ class ImportPlan(NamedTuple):
     changed: int  # time of the last change of an episode of a folder, in ns; 0 for zip files
 
 
-def _plan(
+def _select(
     sources: Sequence[Path], domain: Domain, tasks: tuple[str, ...], subset: Subset, max_episodes: int | None
-) -> ImportPlan:
+) -> Selection:
     members, origins, changed = list[tuple[Path, Member]](), list[Provenance](), 0
     for source in sources:
         with Archive(source, domain) as archive:
@@ -118,36 +118,36 @@ def _plan(
             source_sha256=hashlib.sha256(listings.encode()).hexdigest(),
             subset="; ".join(dict.fromkeys(one.subset for one in origins)),
         )
-    return ImportPlan(members, domain, tasks, provenance, changed)
+    return Selection(members, domain, tasks, provenance, changed)
 
 
-def _finished_before(destination: Path, plan: ImportPlan) -> EpisodeStore | None:
-    """Return the existing store if this plan wrote it, on any day."""
+def _finished_before(destination: Path, selected: Selection) -> EpisodeStore | None:
+    """Return the existing store if this selection was written to it, on any day."""
     try:
         store = EpisodeStore(destination)
     except UserError:
         return None
-    provenance = replace(plan.provenance, created=store.provenance.created)
-    if (store.provenance, store.domain, store.tasks) != (provenance, plan.domain.name, plan.tasks):
+    provenance = replace(selected.provenance, created=store.provenance.created)
+    if (store.provenance, store.domain, store.tasks) != (provenance, selected.domain.name, selected.tasks):
         return None
-    return None if destination.stat().st_mtime_ns < plan.changed else store
+    return None if destination.stat().st_mtime_ns < selected.changed else store
 
 
-def _import_episodes(plan: ImportPlan, writer: StoreWriter, progress: Progress) -> str | None:
+def _import_episodes(selected: Selection, writer: StoreWriter, progress: Progress) -> str | None:
     """Write every episode. Return the task whose rewards were recorded.
 
     None: no task or several fit, the task is not imported, or rewards of all tasks were recorded. UserError for a
     damaged episode, or one that is in two archives.
     """
-    domain, given = plan.domain, plan.tasks
+    domain, given = selected.domain, selected.tasks
     # Another task of the domain may have the same rewards, whether it is imported or not.
     others = () if domain.records_all_tasks else tuple(task for task in domain.tasks if task not in given)
     candidates = [task for task in domain.tasks if task in (*given, *others)]  # with the recorded rewards
     starts, has_reward = list[np.ndarray](), False
     seen = dict[bytes, Path]()  # archives of the recorded content; collections with equal seeds begin alike
     with ExitStack() as opened:
-        archives = {source: opened.enter_context(Archive(source, domain)) for source in dict(plan.members)}
-        for index, (source, member) in enumerate(plan.members):
+        archives = {source: opened.enter_context(Archive(source, domain)) for source in dict(selected.members)}
+        for index, (source, member) in enumerate(selected.members):
             recorded = archives[source].read(member)
             rewards = relabel_all(domain.name, recorded["physics"], recorded["action"], (*given, *others))
             writer.append(recorded | {reward_key(task): rewards[task] for task in given})
@@ -160,7 +160,7 @@ def _import_episodes(plan: ImportPlan, writer: StoreWriter, progress: Progress) 
             candidates = [task for task in candidates if np.abs(rewards[task] - reward).max() <= SAME_REWARD]
             has_reward |= bool(recorded["reward"].any())
             starts.append(recorded["physics"][0].copy())
-            progress(index + 1, len(plan.members))
+            progress(index + 1, len(selected.members))
     if domain.records_all_tasks or not has_reward:
         return None
     nearest = _nearest_start(candidates, np.mean(starts, axis=0))
@@ -168,10 +168,7 @@ def _import_episodes(plan: ImportPlan, writer: StoreWriter, progress: Progress) 
 
 
 def _nearest_start(tasks: Sequence[str], start: Float64[np.ndarray, " physics"]) -> str | None:
-    """Return the only task, or the task whose mean start is by far the nearest. None: no task or several fit.
-
-    Cartpole's balance and swingup have the same reward and differ only in the start.
-    """
+    """Return the only task, or that of the nearest mean start (balance and swingup differ only there), or None."""
     if len(tasks) < 2:
         return tasks[0] if tasks else None
     distances = {}

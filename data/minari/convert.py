@@ -49,11 +49,9 @@ def import_minari(
 
     Args:
         dataset: name of a dataset, or its folder.
-        destination: the store to write.
+        destination, overwrite, progress: as for `ringrl.data.import_archive`.
         environment: "gymnasium:Hopper-v5". None: the one that the dataset names.
         reference_returns: mean returns of random actions and of an expert, for normalised scores. None: the dataset's.
-        overwrite: replace an existing store.
-        progress: called with (finished episodes, total).
 
     Raises:
         UserError: Minari or the dataset is missing; observations other than Boxes of numbers, or a Dict or Tuple of
@@ -103,18 +101,12 @@ def _domain(
 def export_minari(store: EpisodeStore, name: str, *, task: str | None = None, progress: Progress = no_progress) -> Path:
     """Write a store as the Minari dataset `name` with the rewards of one task, and return the dataset's folder.
 
-    The variable MINARI_DATASETS_PATH names another parent folder than Minari's own. Infos hold T+1 rows of physics, of
-    the rewards of the other tasks, and of reward and discount as recorded. The metadata holds the store's provenance.
-    An interrupted export leaves no dataset.
+    The name is one like "exorl/walker-rnd-v0". The variable MINARI_DATASETS_PATH names another parent folder than
+    Minari's own. Infos hold T+1 rows of physics, of the rewards of the other tasks, and of reward and discount as
+    recorded. The metadata holds the store's provenance. An interrupted export leaves no dataset. Without a `task`, the
+    rewards are those of the recorded task.
 
-    Args:
-        store: the store to export.
-        name: Minari's name of the dataset, "exorl/walker-rnd-v0".
-        task: the task whose rewards become the dataset's; None for the recorded task.
-        progress: called with (finished episodes, total).
-
-    Raises:
-        UserError: Minari is missing, a bad name, an existing dataset, no such task, a full disk.
+    UserError if Minari is missing, for a bad name, an existing dataset, no such task, or a full disk.
     """
     check_id(name)
     task = store.recorded_task if task is None else task

@@ -117,10 +117,7 @@ class MinariEpisodes:
             )
 
     def environment(self) -> str | None:
-        """Return the name of the environment that the metadata names.
-
-        None without one, or with wrappers, paths, or arguments that no name can contain (infinity).
-        """
+        """Return the environment in the metadata; None without one, or with wrappers, paths or infinite arguments."""
         with self._reading("its environment"):
             given = self.metadata.get("env_spec")
             spec = json.loads(given) if isinstance(given, str) else given

@@ -65,10 +65,10 @@ class ShardedSampler:
 
     def batch(self, step: int) -> Context:
         """Return the batch of an optimiser step as jax.Arrays. Every process of the mesh must call this."""
-        plan, size = self.sampler.plan(step), (self.sampler.batch_size, len(self.times))
+        draw, size = self.sampler.draw(step), (self.sampler.batch_size, len(self.times))
         indices = self.sharding.addressable_devices_indices_map(size).values()
         own = {_begin(index): index[:2] for index in indices if index}  # once each, even if several devices have copies
-        parts = [self.sampler.read(plan, rows, self.times[places]) for rows, places in own.values()]
+        parts = [self.sampler.read(draw, rows, self.times[places]) for rows, places in own.values()]
 
         def spread(*arrays: np.ndarray) -> jax.Array:
             held = dict(zip(own, arrays, strict=True))

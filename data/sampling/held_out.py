@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ringrl.config import TrainConfig
-from ringrl.data.sampling.sampler import NONE, ContextPlan, ContextSampler, Episodes, eligible_episodes
+from ringrl.data.sampling.sampler import NONE, ContextDraw, ContextSampler, Episodes, eligible_episodes
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.errors import UserError
 
@@ -71,16 +71,16 @@ class WrongPromptSampler(ContextSampler):
     They never include the episode of the last trajectory, which would reveal its actions.
     """
 
-    def plan(self, step: int) -> ContextPlan:
+    def draw(self, step: int) -> ContextDraw:
         """Return the trajectories of the batch of an optimiser step."""
-        right, following = super().plan(step), dict(zip(self.tasks, (*self.tasks[1:], self.task), strict=True))
-        plans = {task: _by_trajectory(self._alone(task).plan(step)) for task in self.tasks}
+        right, following = super().draw(step), dict(zip(self.tasks, (*self.tasks[1:], self.task), strict=True))
+        draws = {task: _by_trajectory(self._alone(task).draw(step)) for task in self.tasks}
         rows = []
         for row, own in enumerate(zip(*_by_trajectory(right), strict=True)):
-            other = plans[following[right.tasks[row]]]
+            other = draws[following[right.tasks[row]]]
             places = np.flatnonzero(other.episodes[row] != right.episodes[row, -1])[: self.config.trajectories - 1]
             rows.append([np.append(theirs[row, places], ours[-1]) for theirs, ours in zip(other, own, strict=True)])
-        joined = ContextPlan(*map(np.stack, zip(*rows, strict=True)))
+        joined = ContextDraw(*map(np.stack, zip(*rows, strict=True)))
         return joined._replace(starts=np.pad(np.cumsum(joined.starts, axis=1), ((0, 0), (1, 0))))
 
     def _alone(self, task: str) -> ContextSampler:
@@ -89,7 +89,7 @@ class WrongPromptSampler(ContextSampler):
         return ContextSampler(**values | {"task": task, "config": self.config.model_copy(update={"other_tasks": ()})})
 
 
-def _by_trajectory(plan: ContextPlan) -> ContextPlan:
-    """Return a plan with columns (batch, trajectories): a task each, and lengths instead of starts."""
-    tasks = np.broadcast_to(plan.tasks[:, None], plan.episodes.shape)
-    return plan._replace(tasks=tasks, starts=np.diff(plan.starts, axis=1))
+def _by_trajectory(draw: ContextDraw) -> ContextDraw:
+    """Return a draw with columns (batch, trajectories): a task each, and lengths instead of starts."""
+    tasks = np.broadcast_to(draw.tasks[:, None], draw.episodes.shape)
+    return draw._replace(tasks=tasks, starts=np.diff(draw.starts, axis=1))

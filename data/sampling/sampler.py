@@ -1,7 +1,7 @@
 """Contexts for training: n trajectories of a store, ordered, relabelled to a target, as one long sequence.
 
 The batch of a step is a pure function of (seed, step), so a resumed run and every host see the same batches. A batch is
-planned first (which trajectories, in which order, with which target return), which is cheap and done on every host.
+drawn first (which trajectories, in which order, with which target return), which is cheap and done on every host.
 Then any part of it can be read.
 """
 
@@ -57,10 +57,7 @@ def eligible_episodes(
     best_fraction: float = 1.0,
     excluded: Episodes = NONE,
 ) -> Episodes:
-    """Return the best fraction of `subset` by the returns of a task, in the order of collection.
-
-    UserError for `max_transitions` below one episode, or a task without rewards.
-    """
+    """Return the best fraction of `subset` by the returns of a task, in the order of collection. Errors as there."""
     episodes = subset(store, seed, max_transitions, excluded)
     returns = store.returns(task)[episodes]
     count = max(1, round(best_fraction * len(episodes)))
@@ -105,7 +102,7 @@ def episodes_for_contexts(
     return found
 
 
-class ContextPlan(NamedTuple):
+class ContextDraw(NamedTuple):
     """The trajectories of a batch of contexts: small, and the same on every host."""
 
     tasks: np.ndarray  # names of tasks: of each context (batch,) or trajectory (batch, trajectories)
@@ -159,12 +156,12 @@ class ContextSampler:
 
     def batch(self, step: int) -> Context:
         """Return the batch of an optimiser step in the order of time, every array (batch_size, time, ...)."""
-        return self.read(self.plan(step), slice(None), np.arange(self.time))
+        return self.read(self.draw(step), slice(None), np.arange(self.time))
 
-    def plan(self, step: int) -> ContextPlan:
+    def draw(self, step: int) -> ContextDraw:
         """Return the trajectories of the batch of an optimiser step."""
         streams = ([self.seed, 0 if self.config.sampling == "fixed" else step, i] for i in range(self.batch_size))
-        tasks, drawn, first = zip(*(self._draw(np.random.default_rng(stream)) for stream in streams), strict=True)
+        tasks, drawn, first = zip(*(self._draw_one(np.random.default_rng(stream)) for stream in streams), strict=True)
         episodes = np.stack(drawn)
         returns = np.stack([self._returns[task][chosen] for task, chosen in zip(tasks, drawn, strict=True)])
         best = np.broadcast_to(returns.max(1, keepdims=True), returns.shape)
@@ -173,16 +170,16 @@ class ContextSampler:
         steps = self.config.segment_steps
         lengths = self.store.lengths[episodes] if steps is None else np.full_like(episodes, steps)
         np.cumsum(lengths, axis=1, out=starts[:, 1:])
-        return ContextPlan(np.array(tasks), episodes, targets, returns >= targets, starts, np.stack(first))
+        return ContextDraw(np.array(tasks), episodes, targets, returns >= targets, starts, np.stack(first))
 
-    def read(self, plan: ContextPlan, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
-        """Return the given contexts of a plan at the given ascending times. Times after the last step are padding.
+    def read(self, draw: ContextDraw, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
+        """Return the given contexts of a draw at the given ascending times. Times after the last step are padding.
 
         Every number is the same in whatever rectangle it is read. ValueError for times that do not ascend from 0.
         """
         if len(times) and (times[0] < 0 or (np.diff(times) < 1).any()):
             raise ValueError(f"times: expected ascending times, none below 0, got {times}")
-        part = ContextPlan(*(column[rows] for column in plan))
+        part = ContextDraw(*(column[rows] for column in draw))
         out = _blank(len(part.episodes), len(times), self.store.observation_size, self.store.action_size)
         out.position[:] = times
         bounds, threads = np.searchsorted(times, part.starts), available_cores()
@@ -197,11 +194,11 @@ class ContextSampler:
             list(pool.map(fill_in, (found[i::threads] for i in range(threads))))
         return out
 
-    def _fill_in(self, out: Context, plan: ContextPlan, context: int, trajectory: int, places: slice) -> None:
+    def _fill_in(self, out: Context, draw: ContextDraw, context: int, trajectory: int, places: slice) -> None:
         """Write the steps of a trajectory to their places on the time axis."""
         config, normalisation, arrays = self.config, self.normalisation, self.store.arrays
-        rewards, first, last = self._recorded(plan, context, trajectory)
-        start, begin = plan.starts[context, trajectory].item(), plan.first_timesteps[context, trajectory].item()
+        rewards, first, last = self._recorded(draw, context, trajectory)
+        start, begin = draw.starts[context, trajectory].item(), draw.first_timesteps[context, trajectory].item()
         at, timestep = (context, places), out.position[context, places] - (start - begin)
         # A row of the store holds a state and the outcome of the step before: a step's own outcome is one row later.
         state, outcome = _rows(first + timestep), _rows(first + timestep + 1)
@@ -211,8 +208,8 @@ class ContextSampler:
         out.timestep[at], out.trajectory[at], out.start[at], out.weight[at] = timestep, trajectory, start, 1
         out.weight[at][timestep < begin + config.first_steps] = config.first_steps_weight
         if timestep[-1] == last - first - 1:
-            out.completion[context, places.stop - 1] = plan.completes[context, trajectory]
-        if not math.isnan(target := plan.targets[context, trajectory]):
+            out.completion[context, places.stop - 1] = draw.completes[context, trajectory]
+        if not math.isnan(target := draw.targets[context, trajectory]):
             earned = np.zeros(timestep[-1] + 1)  # before each step
             np.cumsum(rewards[first + 1 : first + len(earned)], out=earned[1:])
             out.return_to_go[at] = normalisation.return_to_go(target - earned[timestep])
@@ -221,15 +218,15 @@ class ContextSampler:
             previous, place = out.previous, (context, places.start)
             previous.action[place], previous.reward[place] = 0, 0
             if trajectory and config.segment_steps is None:
-                rewards, _, last = self._recorded(plan, context, trajectory - 1)
+                rewards, _, last = self._recorded(draw, context, trajectory - 1)
                 previous.action[place] = arrays["action"][last]
                 previous.reward[place] = normalisation.reward(rewards[last])
-                previous.completion[place] = plan.completes[context, trajectory - 1]
+                previous.completion[place] = draw.completes[context, trajectory - 1]
 
-    def _recorded(self, plan: ContextPlan, context: int, trajectory: int) -> tuple[np.ndarray, int, int]:
+    def _recorded(self, draw: ContextDraw, context: int, trajectory: int) -> tuple[np.ndarray, int, int]:
         """Return the store's rewards for a trajectory's task, and the first and last row of its episode."""
-        task = plan.tasks[context] if plan.tasks.ndim == 1 else plan.tasks[context, trajectory]
-        first, past = self.store.offsets[plan.episodes[context, trajectory] :][:2].tolist()
+        task = draw.tasks[context] if draw.tasks.ndim == 1 else draw.tasks[context, trajectory]
+        first, past = self.store.offsets[draw.episodes[context, trajectory] :][:2].tolist()
         return self.store.arrays[reward_key(task)], first, past - 1
 
     @cached_property
@@ -250,7 +247,7 @@ class ContextSampler:
             weights[task] = rarity / rarity.sum()
         return weights
 
-    def _draw(self, random: np.random.Generator) -> tuple[str, Episodes, Int64[np.ndarray, " trajectories"]]:
+    def _draw_one(self, random: np.random.Generator) -> tuple[str, Episodes, Int64[np.ndarray, " trajectories"]]:
         """Return the task of one context, its episodes in order, and the first timestep of each trajectory."""
         task = self.tasks[random.integers(len(self.tasks))] if self.config.other_tasks else self.task
         count, eligible = self.config.trajectories, self.eligible[task]

@@ -146,10 +146,7 @@ class Layout:
 def content_fingerprint(
     domain: str, lengths: Int64[np.ndarray, " episode"], digests: UInt8[np.ndarray, "episode 32"]
 ) -> str:
-    """Return the sha256 over the domain, the lengths and the digests of the recorded arrays.
-
-    Relabelled rewards are left out, because their last digits depend on the machine.
-    """
+    """Return the sha256 over domain, lengths and recorded arrays. Relabelled rewards depend on the machine."""
     fingerprint = hashlib.sha256(json.dumps([domain, lengths.tolist()]).encode())
     fingerprint.update(np.ascontiguousarray(digests).data)
     return fingerprint.hexdigest()
@@ -221,10 +218,7 @@ class ForeignFacts(pydantic.BaseModel, frozen=True, strict=True, extra="forbid")
 
 @dataclasses.dataclass(frozen=True)
 class StoredDomain(ForeignDomain):
-    """The facts about a dataset from another source, named after its environment if known.
-
-    The only task has the recorded rewards.
-    """
+    """The facts about a dataset from another source. The only task has the recorded rewards."""
 
     num_terminated: int = dataclasses.field(kw_only=True)  # episodes; the others were truncated
     reference_returns: tuple[float, float] | None = None  # mean returns of random actions and of an expert, if known

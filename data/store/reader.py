@@ -46,7 +46,6 @@ class EpisodeStore:
     facts: Domain  # a StoredDomain if the domain is not an ExoRL domain
     tasks: tuple[str, ...]
     provenance: Provenance  # origin of the episodes and how they were processed
-    source: str  # origin of the episodes: "walker/rnd.zip"
     fingerprint: str  # sha256 of the recorded content: equal for equal episodes, however they were packed
     recorded_task: str | None  # the task whose reward was recorded, if known
     reference_returns: tuple[float, float] | None  # of random actions and of an expert, if the dataset names them
@@ -93,14 +92,12 @@ class EpisodeStore:
                 raise UserError(f"the tasks {tasks} differ from the tasks of {self.domain}: import the archive again")
             self.tasks = tuple(tasks)
             self.provenance = Provenance.from_json(_read_text(file, "provenance"))
-            self.source = self.provenance.source
             self.fingerprint = _read_text(file, "fingerprint")
             recorded_task = _read_text(file, "recorded_task")
             if recorded_task not in (*tasks, "none"):
                 raise ValueError(f"recorded for {recorded_task}")
             self.recorded_task = None if recorded_task == "none" else recorded_task
-            mapped = _MappedArrays(file, self.path)
-            self._map(mapped)
+            self._map(_MappedArrays(file, self.path))
         self._starts: list[int] = self.offsets.tolist()  # slicing by Python integers is faster
 
     def _map(self, mapped: "_MappedArrays") -> None:

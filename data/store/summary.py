@@ -17,10 +17,7 @@ RELABELLED = {
 
 
 def describe(store: EpisodeStore) -> str:
-    """Return the summary as plain text of at most 120 columns: one fact per line and one line of returns per task.
-
-    Reads the attributes and returns only, never the steps.
-    """
+    """Return the summary: one fact per line and one line of returns per task, at most 120 columns. Reads no steps."""
     shortest, longest, made = int(store.lengths.min()), int(store.lengths.max()), store.provenance
     length = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
     size = f" ({made.source_bytes:,} bytes, list of episodes sha256 {made.source_sha256[:16]})"

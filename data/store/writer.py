@@ -27,7 +27,7 @@ from ringrl.data.store.format import (
     content_fingerprint,
     dataset_name,
 )
-from ringrl.envs import Domain, domain_named
+from ringrl.envs import Domain
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, linked, lock, reserve, write_aside
 
@@ -38,30 +38,22 @@ DIGESTS = ("episodes/recorded_sha256", "episodes/relabelled_sha256")
 @contextlib.contextmanager
 def create_store(
     path: Path,
-    domain: str | Domain,
+    domain: Domain,
     tasks: Sequence[str],
     lengths: Sequence[int] | np.ndarray,
     *,
-    source: str | Provenance,
+    source: Provenance,
     overwrite: bool = False,
 ) -> Iterator["StoreWriter"]:
     """Create a store for episodes of the given lengths (steps). The file appears at `path` when the block succeeds.
 
-    In the block, `append` every episode in order, and set `recorded_task` if it is known.
+    In the block, `append` every episode in order, with rewards of all `tasks`, and set `recorded_task` if it is known.
+    If `path` is a link, the file that it leads to is written.
 
-    Args:
-        path: the store's file. A link stays, and the file that it leads to is written.
-        domain: the name of an ExoRL domain, or the facts about another domain.
-        tasks: the tasks whose rewards every episode has.
-        lengths: steps of each episode.
-        source: the origin of the episodes, as a name or in full.
-        overwrite: replace an existing store.
-
-    Raises:
-        UserError: the path exists, another process writes it, or the disk or a quota is full.
+    UserError if the path exists (without `overwrite`), another process writes it, or the disk or a quota is full.
     """
-    path = linked(Path(path))
-    layout = Layout(domain_named(domain) if isinstance(domain, str) else domain, tasks, lengths)
+    path = linked(path)
+    layout = Layout(domain, tasks, lengths)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, name the store's file")
     if path.exists() and not overwrite:
@@ -70,7 +62,7 @@ def create_store(
         writer = StoreWriter(partial, layout)
         with explain_write_errors(path, writer.size), contextlib.closing(writer):
             yield writer
-            writer.finish(path, Provenance(source) if isinstance(source, str) else source)
+            writer.finish(path, source)
 
 
 class StoreWriter:
@@ -96,10 +88,7 @@ class StoreWriter:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
     def append(self, episode: Episode) -> None:
-        """Write the rows of the next episode, with the arrays of `EpisodeStore.episode` and the announced length.
-
-        Raises OSError, and ValueError for rows of another shape or dtype.
-        """
+        """Write the rows of the next episode. Raises OSError, and ValueError for rows of another shape or dtype."""
         index = len(self.records)
         if index == 0:  # not earlier: an archive of false names would reserve any amount
             reserve(self.path, self.size)

@@ -201,10 +201,7 @@ def collect(
 
 @contextlib.contextmanager
 def _bars() -> Iterator[Callable[..., Report]]:
-    """Yield a function that adds a progress bar on stderr.
-
-    Without a terminal, a bar is a line from time to time.
-    """
+    """Yield a function that adds a progress bar on stderr, or without a terminal prints a line from time to time."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)

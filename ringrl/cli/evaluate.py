@@ -87,10 +87,7 @@ def evaluate(
     from ringrl.evaluation.progress import ProgressLines, final_table
     from ringrl.evaluation.protocol import prompt_only_evaluation
     from ringrl.evaluation.target import open_dataset
-    from ringrl.evaluation.video import VideoOptions, check_video
-
-    if video:
-        check_video()
+    from ringrl.evaluation.video import VideoOptions
 
     if environment is not None:
         if tasks:
@@ -148,7 +145,7 @@ def evaluate(
             f"--video: {foreign[0]} is drawn by its own package; leave it out, and record a player of the policy in "
             "ringrl.envs.make(task, render_mode='rgb_array') with Gymnasium's RecordVideo"
         )
-    options = VideoOptions(side_by_side, video_format, video_speed) if video else False
+    options = VideoOptions(side_by_side, video_format, video_speed) if video else None
     console = Console()
     with ProgressLines(console) as progress:
         summaries = evaluate_all(evaluations, again=again, video=options, progress=progress)

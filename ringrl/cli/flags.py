@@ -56,10 +56,7 @@ def environment_task(text: str) -> str:
 
 
 def reject_flags(command: Callable[..., None], values: Mapping[str, object], why: str, *, used: set[str]) -> None:
-    """Raise UserError, which ends with `why`, for flags of a command that have no effect.
-
-    Parameters in `used` have an effect. A flag with its default value counts as not given.
-    """
+    """Raise UserError, which ends with `why`, for given flags outside `used`. A default value counts as not given."""
     parameters = inspect.signature(command).parameters.values()
     given = [each.name for each in parameters if each.name not in used and values[each.name] != each.default]
     if given:

@@ -42,16 +42,14 @@ def collect(
     Args:
         task: full task name, "walker_walk".
         destination: folder to create. An empty folder may exist.
-        episodes: number of episodes, at least 1. None: 200,000 transitions.
-        seed: seed of initial states, noise, search and learner, at least 0.
+        episodes: number of episodes. None: 200,000 transitions.
+        seed: seed of initial states, noise, search and learner.
         method: "scripted" searches the parameters of a scripted controller, "td3" learns a policy from scratch.
-        workers: number of processes that record scripted episodes, by default one per available core. With more than
-            one, a script must call this under `if __name__ == "__main__":`, because the processes import it.
+        workers: processes that record scripted episodes. None: one per available core. With more than one, a script
+            must call this under `if __name__ == "__main__":`, because the processes import it.
         progress: called with (recorded episodes, total).
 
-    Raises:
-        UserError: unknown task or method, a number out of range, an existing destination or one that cannot be written,
-            or a worker process that died.
+    UserError for an unknown task or method, a number out of range, a taken destination, or a worker that died.
     """
     domain = domain_of(task)
     if isinstance(domain, ForeignDomain) and method != "td3":

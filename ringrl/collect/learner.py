@@ -71,10 +71,7 @@ class Learner:
 
 
 class Replay:
-    """The replay memory: episodes by number, in ExoRL's rows, with the learned task's `column` of the rewards.
-
-    An episode may be incomplete.
-    """
+    """The replay memory: episodes by number, also incomplete ones, in ExoRL's rows with one `column` of the rewards."""
 
     def __init__(self, domain: Domain, episodes: int, column: int) -> None:
         self.domain, self._column, self._length = domain, column, domain.episode_length + 1

@@ -157,10 +157,7 @@ class ForeignRecording(Recording):
 def record_episode(
     simulation: Simulation, recipe: Recipe, parameters: ParameterVector, *, seed: int, index: int, noise_limit: float
 ) -> dict[str, np.ndarray]:
-    """Return `Recording.rows` of episode `index` of the collection `seed`, the same ones in any process.
-
-    `noise_limit` is the largest share of noise in the actions, in [0, 1].
-    """
+    """Return the `rows` of a collection's episode, whose actions are noise by a share of at most `noise_limit`."""
     domain = simulation.domain
     random = np.random.default_rng((seed, 0, index))
     recording = EpisodeRecording(simulation, start_seed(seed, index))

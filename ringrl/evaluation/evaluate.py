@@ -1,6 +1,7 @@
 """Evaluations: rollouts, results files and videos. Finished evaluations are not repeated."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ringrl.envs import make_vec
 from ringrl.errors import UserError
 from ringrl.evaluation.policy import TrainedPolicy
 from ringrl.evaluation.progress import EvaluationProgress
-from ringrl.evaluation.protocol import Evaluation, Part, Protocol, policy_evaluation, random_evaluation
+from ringrl.evaluation.protocol import Evaluation, Part, Protocol, policy_evaluation
 from ringrl.evaluation.records import (
     EvaluationRecord,
     append_records,
@@ -21,10 +22,10 @@ from ringrl.evaluation.records import (
 )
 from ringrl.evaluation.rollout import EpisodeBatch, Group, rollout
 from ringrl.evaluation.scores import EvaluationSummary, summarise, write_summary
-from ringrl.evaluation.video import EpisodeStates, VideoError, VideoOptions, check_video, choose, write_videos
+from ringrl.evaluation.video import Clips, EpisodeStates, VideoError, VideoOptions, check_video, choose, write_videos
 
 _Episodes = dict[tuple[Part, int], EpisodeBatch]  # by part and index
-_MEMORIES: tuple[tuple[Part, str], ...] = (("context", "with memory"), ("control", "memory cleared"))
+_MEMORIES: dict[Part, str] = {"context": "with memory", "control": "memory cleared"}
 
 
 def evaluate_policy(
@@ -36,46 +37,30 @@ def evaluate_policy(
     command: str | None = None,
     progress: EvaluationProgress | None = None,
 ) -> list[EvaluationRecord]:
-    """Roll out a trained policy and return one record per stream, then one per control stream.
-
-    Nothing is written. See `policy_evaluation` for arguments and errors.
-    """
+    """Roll out a policy as `roll_out` does. See `policy_evaluation` for arguments and errors. Nothing is written."""
     return roll_out(policy_evaluation(trained, protocol, task=task, data=data, command=command), progress=progress)
-
-
-def evaluate_random(task: str, protocol: Protocol, *, command: str | None = None) -> list[EvaluationRecord]:
-    """Roll out uniform random actions and return one record per stream. Nothing is written."""
-    return roll_out(random_evaluation(task, protocol, command=command))
 
 
 def evaluate_all(
     evaluations: Sequence[Evaluation],
     *,
     again: bool = False,
-    video: bool | VideoOptions = False,
+    video: VideoOptions | None = None,
     progress: EvaluationProgress | None = None,
 ) -> list[EvaluationSummary]:
     """Roll out each evaluation whose results file does not contain its records yet, and append them.
 
     The summary next to each results file (.json) is updated after every evaluation. Returns one summary per evaluation.
+    With `again`, finished evaluations are repeated. If a video cannot be written, a message gives the reason.
 
-    Args:
-        evaluations: in this order.
-        again: repeat finished evaluations.
-        video: write videos, True: of the first, the median and the best episode. If that fails, a message gives the
-            reason.
-        progress: callbacks.
-
-    Raises:
-        UserError: a results file cannot be read or written, or a package is missing that writes videos.
+    UserError if a results file cannot be read or written, or if a package is missing that writes videos.
     """
-    options = VideoOptions() if video is True else video or None
-    if options:
+    if video:
         check_video()
     progress = progress or EvaluationProgress()
     paths = dict.fromkeys(evaluation.results for evaluation in evaluations)
     known = {path: _open_results(path, progress) for path in paths}
-    return [_evaluate(one, known[one.results], again, options, progress) for one in evaluations]
+    return [_evaluate(one, known[one.results], again, video, progress) for one in evaluations]
 
 
 def roll_out(
@@ -154,44 +139,40 @@ def _roll_out_and_append(evaluation: Evaluation, video: VideoOptions | None, pro
     records = roll_out(evaluation, progress=progress, kept=episodes)
     append_records(evaluation.results, records)
     if video and episodes is not None:
-        shown = (_side_by_side if video.side_by_side else _episodes_to_show)(records, episodes)
+        shown = _clips(records, episodes, video.side_by_side)
+        videos = {evaluation.videos / f"{label}.{video.format}": clips for label, clips in shown.items()}
         try:
-            videos = {evaluation.videos / f"{label}.{video.format}": one for label, one in shown.items()}
             written = write_videos(evaluation.template.task, videos, speed=video.speed, **video.size)
             progress.on_message(f"{', '.join(path.name for path in written)}: in {evaluation.videos}")
         except VideoError as error:
             progress.on_message(str(error))
 
 
-_Shown = dict[str, EpisodeStates | Sequence[Sequence[EpisodeStates]]]  # by label
+def _clips(records: Sequence[EvaluationRecord], episodes: _Episodes, side_by_side: bool) -> dict[str, Clips]:
+    """Return the clips of each video by its label: of the first, the median and the best episode.
 
+    Side by side: the first, the middle and the last episode of the context of median mean return, each next to the
+    control.
+    """
+    returns = np.array([record.returns for record in records if record.context], np.float64)  # None becomes NaN
 
-def _states(label: str, episode: EpisodeBatch, stream: int) -> EpisodeStates:
-    return EpisodeStates(label, episode.physics[:, stream], episode.reward[:, stream])
+    def states(label: str, part: Part, stream: int, index: int) -> EpisodeStates:
+        episode = episodes[part, index]
+        return EpisodeStates(label, episode.physics[:, stream], episode.reward[:, stream])
 
-
-def _episodes_to_show(records: Sequence[EvaluationRecord], episodes: _Episodes) -> _Shown:
-    """Return the first, median and best episode without the control."""
-    chosen = choose(_returns(records)).items()
-    return {label: _states(label, episodes["context", index], stream) for label, (stream, index) in chosen}
-
-
-def _side_by_side(records: Sequence[EvaluationRecord], episodes: _Episodes) -> _Shown:
-    """Return the first, the middle and the last episode of the context of median mean return, next to the control."""
-    returns = _returns(records)
+    if not side_by_side:
+        return {label: [[states(label, "context", *place)]] for label, place in choose(returns).items()}
     n = returns.shape[1]
     stream, _ = choose(returns.mean(axis=1, keepdims=True)).get("median", (0, 0))
-
-    def clip(index: int) -> list[EpisodeStates]:
-        shown = [(memory, found) for part, memory in _MEMORIES if (found := episodes.get((part, index)))]
-        return [_states(f"{memory}, episode {index + 1} of {n}", found, stream) for memory, found in shown]
-
-    return {"side_by_side": [clip(index) for index in sorted({0, n // 2, n - 1})]}
-
-
-def _returns(records: Sequence[EvaluationRecord]) -> np.ndarray:
-    """Return the returns (streams, episodes) without the control. None becomes NaN."""
-    return np.array([record.returns for record in records if record.context], np.float64)
+    clips = [
+        [
+            states(f"{memory}, episode {index + 1} of {n}", part, stream, index)
+            for part, memory in _MEMORIES.items()
+            if (part, index) in episodes
+        ]
+        for index in sorted({0, n // 2, n - 1})
+    ]
+    return {"side_by_side": clips}
 
 
 def _roll_out_part(
@@ -205,7 +186,7 @@ def _roll_out_part(
         progress.on_episode(part, len(done), episode)
         if kept is not None:
             kept[part, len(done)] = episode
-        done.append(episode.without_states())
+        done.append(replace(episode, physics=episode.physics[:0].copy()))  # physics takes most of the memory
 
     for own in [seeds] if part == "context" else np.split(seeds, n, axis=1):
         rollout(

@@ -42,19 +42,13 @@ class EvaluationProgress:
 
 
 class ProgressLines(EvaluationProgress):
-    """Prints a line per episode, as a context manager.
-
-    Between these lines, a terminal shows the number of steps, and a log has a line every now and then.
-    """
+    """Context manager that prints a line per episode. A terminal also shows the steps, a log a line now and then."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._pace = console, Pace()
         self._status = console.status(self)
-        self._evaluation: Evaluation | None = None
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._status.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -64,12 +58,14 @@ class ProgressLines(EvaluationProgress):
 
     def __rich__(self) -> str:
         """Return the line that a terminal shows."""
-        return escape(self._state()) if self._evaluation else ""
+        return escape(self._state())
 
     def on_begin(self, evaluation: Evaluation) -> None:
         self._evaluation, self._began = evaluation, time.perf_counter()
         # Steps of finished episodes, steps of the current episode, and steps that were simulated now.
         self._finished_steps = self._current_steps = self._simulated = 0
+        if self._console.is_terminal:
+            self._status.start()
 
     def on_step(self, streams: int) -> None:
         self._simulated += streams
@@ -78,7 +74,6 @@ class ProgressLines(EvaluationProgress):
             self.on_message(self._state())
 
     def on_episode(self, part: Part, index: int, episode: EpisodeBatch) -> None:
-        assert self._evaluation is not None
         finished, mean = int(np.isfinite(episode.returns).sum()), finite_mean(episode.returns.tolist())
         self._finished_steps, self._current_steps = self._finished_steps + episode.reward.size, 0
         place = f"episode {index + 1} of {self._evaluation.protocol.episodes}"
@@ -95,19 +90,17 @@ class ProgressLines(EvaluationProgress):
         self._console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
 
     def _state(self) -> str:
-        assert self._evaluation is not None
         steps = f"{self._finished_steps + self._current_steps:,} of {self._evaluation.steps:,} steps"
         return f"{_name(self._evaluation)}: {steps}, {self._speed()}"
 
     def _speed(self) -> str:
         """Return the environment steps per second and the time left."""
-        assert self._evaluation is not None
         rate = self._simulated / max(time.perf_counter() - self._began, 1e-9)
         left = self._evaluation.steps - self._finished_steps - self._current_steps
         return f"{rate:.0f} steps/s, {duration(left / rate if rate else None)} left"
 
 
-def final_table(summaries: Sequence[EvaluationSummary], data_means: Mapping[str, float] | None = None) -> Group:
+def final_table(summaries: Sequence[EvaluationSummary], data_means: Mapping[str, float]) -> Group:
     """Return one table per task: mean returns over the streams, with normalised scores in brackets.
 
     Args:
@@ -115,7 +108,7 @@ def final_table(summaries: Sequence[EvaluationSummary], data_means: Mapping[str,
         data_means: task -> mean return of the training data. Tasks without a known mean are absent.
     """
     tables = [
-        _task_table(task, list(group), (data_means or {}).get(task))
+        _task_table(task, list(group), data_means.get(task))
         for task, group in itertools.groupby(summaries, lambda summary: summary.task)
     ]
     legend = "Means over streams"

@@ -6,7 +6,6 @@ A damaged or half-written line is left out and reported. Lines without a checksu
 import errno
 import gzip
 import importlib.metadata
-import io
 import json
 import os
 import platform
@@ -235,7 +234,7 @@ def data_records(task: str, returns: Float[np.ndarray, " episodes"], **fields: A
 def append_records(path: Path, records: Iterable[EvaluationRecord]) -> None:
     """Append one line per record, all of them or none, and wait until they are on disk.
 
-    A half-written last line is removed first. Raises UserError if the file cannot be written; it is then unchanged.
+    A half-written last line is ended, and stays damaged. UserError if the file cannot be written; it is then unchanged.
     """
     lines = "".join(f"{with_crc(record.model_dump_json())}\n" for record in records).encode()
     path = path.resolve()  # one lock for all links to a file
@@ -245,7 +244,9 @@ def append_records(path: Path, records: Iterable[EvaluationRecord]) -> None:
         lock(path, "is appending results", wait=True),
         path.open("a+b", buffering=0) as file,
     ):
-        end = _remove_half_line(file)
+        end = file.seek(0, os.SEEK_END)
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+            lines = b"\n" + lines
         try:
             if os.write(file.fileno(), lines) < len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -316,12 +317,9 @@ def remove_damaged_lines(path: Path) -> None:
 def find_results(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """Return each results file once: files as given, and *.jsonl and *.jsonl.gz in folders and below.
 
-    Training's metrics.jsonl is left out.
+    Training's metrics.jsonl and hidden files and folders (".name") are left out. Links are followed.
 
-    Links are followed. Hidden files and folders (".name") are left out.
-
-    Raises:
-        UserError: a path does not exist, is neither a file nor a folder, or a folder cannot be read.
+    UserError if a path does not exist, is neither a file nor a folder, or if a folder cannot be read.
     """
     found: dict[Path, Path] = {}
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
@@ -349,21 +347,13 @@ def _results_below(folder: Path) -> Iterator[Path]:
                 yield Path(place, name)
 
 
-def _whole(line: bytes) -> str | None:
-    """Return the JSON text of a line; None if the line is damaged. A proper prefix of a JSON object is never JSON."""
-    try:
-        text = without_crc(line.decode())
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return text
-
-
 def _parse(line: bytes, where: str) -> EvaluationRecord | None:
     """Return the record of a line; None if it is damaged. Invalid values without a checksum may be damaged."""
-    if (text := _whole(line)) is None:
+    try:
+        text = without_crc(line.decode())
+        values = json.loads(text)  # a proper prefix of a JSON object is never JSON
+    except (ValueError, RecursionError):
         return None
-    values = json.loads(text)
     protocol = values.get("protocol") if isinstance(values, dict) else None
     if protocol is None:
         raise UserError(f"{where}: is not an evaluation record (it has no protocol); give results of `ringrl evaluate`")
@@ -380,15 +370,3 @@ def _parse(line: bytes, where: str) -> EvaluationRecord | None:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "record"
         raise UserError(f"{where}: {field}: {first['msg']}; remove the line or evaluate again") from error
-
-
-def _remove_half_line(file: io.FileIO) -> int:
-    """Make the file end with a whole line and return its size."""
-    file.seek(0)
-    content = file.read()
-    tail = content.rpartition(b"\n")[2]
-    if tail and _whole(tail) is not None:  # only the newline is missing
-        file.write(b"\n")
-        return len(content) + 1
-    os.ftruncate(file.fileno(), len(content) - len(tail))
-    return len(content) - len(tail)

@@ -6,6 +6,7 @@ actions of one group are computed on the accelerator while the other group is si
 
 import dataclasses
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import Actor
 
-FIRST_ROWS = 1024  # of the arrays of an episode that is being played
 Seeds = Int64[np.ndarray, "streams episodes"]
 
 
@@ -47,10 +47,6 @@ class EpisodeBatch:
         """Return the number of steps before each stream failed, or all steps."""
         return (np.isfinite(self.reward) & (np.arange(len(self.reward))[:, None] < self.length)).sum(axis=0)
 
-    def without_states(self) -> "EpisodeBatch":
-        """Return the same episodes without physics, which takes most of the memory."""
-        return dataclasses.replace(self, physics=self.physics[:0].copy())
-
 
 class Group(NamedTuple):
     """Environments that step in lockstep, and the actor that acts in them."""
@@ -74,9 +70,8 @@ def rollout(
     """Roll out in-context episodes and return their returns, NaN for episodes that failed.
 
     The return-to-go of every episode starts at `target_return` (chain of hindsight) and falls by the rewards earned.
-    The completion token is 1 on the last step of an episode whose return reached the target.
-
-    When the episode of a stream ends, its next episode begins at once. No stream waits for another.
+    The completion token is 1 on the last step of an episode whose return reached the target. When the episode of a
+    stream ends, its next episode begins at once. No stream waits for another.
 
     An observation or reward that is not finite ends its stream: that episode and all later episodes of the stream have
     no return. From then on the actor receives zeros for the stream. The other streams are unaffected.
@@ -88,12 +83,10 @@ def rollout(
       target_return: in units of the task's return. None: return-to-go and completion are zero.
       trajectories: trajectories per training context. Trajectory indices of the episodes are clipped below this number.
       prompt: context (1, T, ...) in the memory of all environments before the first step.
-      most_steps: the environments' limit, if episodes end early. None: every episode is as long as the data's.
+      most_steps: the environments' limit, if episodes end early. None: every episode is as long as the data's, or else
+        UserError.
       on_step: called with the number of environments after every simulated step of a group.
       on_episode: called with each episode when all streams have finished it.
-
-    Raises:
-      UserError: the episodes have another length than the data's.
     """
     episodes = _Episodes(seeds, most_steps or normalisation.episode_length, on_episode)
     ends = np.cumsum([0, *(group.environments.num_envs for group in groups)]).tolist()
@@ -114,43 +107,39 @@ class _Episodes:
         self.seeds, self.most_steps = seeds, most_steps
         self.returns: list[np.ndarray] = []  # of each episode
         self._on_episode, self._began = on_episode, time.perf_counter()
-        self._played: dict[int, dict[str, np.ndarray]] = {}
-        self._index = np.zeros(len(seeds), np.int64)  # of the current episode of each stream
+        self._rows = [defaultdict[str, list[np.ndarray]](list) for _ in seeds]  # of the current episode of each stream
+        self._ended = [deque[tuple[np.ndarray, np.ndarray, bool]]() for _ in seeds]  # rewards, physics, terminated
 
-    def keep(self, streams: np.ndarray, index: np.ndarray, row: np.ndarray, name: str, values: np.ndarray) -> None:
-        """Keep a row of an array of episodes that are being played for each stream, index of the episode and row."""
-        for number in set(index.tolist()):
-            chosen = index == number
-            array = self._array(number, name, values, int(row[chosen].max()) + 1)
-            array[row[chosen], streams[chosen]] = values[chosen]
+    def keep(self, streams: np.ndarray, name: str, values: np.ndarray) -> None:
+        """Append a row to "reward" or "physics" of the current episode of each stream."""
+        for stream, value in zip(streams, values, strict=True):
+            self._rows[stream][name].append(value)
 
-    def end(self, streams: np.ndarray, length: np.ndarray, terminated: np.ndarray) -> None:
+    def end(self, streams: np.ndarray, terminated: np.ndarray) -> None:
         """Note that the current episodes of some streams have ended, and report those that all have finished."""
-        for stream, steps, is_terminated in zip(streams, length, terminated, strict=True):
-            played = self._played[int(self._index[stream])]
-            played.setdefault("length", np.zeros(len(self.seeds), np.int64))[stream] = steps
-            played.setdefault("terminated", np.zeros(len(self.seeds), bool))[stream] = is_terminated
-        self._index[streams] += 1
-        while len(self.returns) < self._index.min():
+        for stream, is_terminated in zip(streams, terminated, strict=True):
+            rows = self._rows[stream]
+            self._ended[stream].append((np.stack(rows["reward"]), np.stack(rows["physics"]), is_terminated))
+            rows.clear()
+        while all(self._ended):
             self._report()
 
     def _report(self) -> None:
-        now, arrays = time.perf_counter(), self._played.pop(len(self.returns))
-        longest = int(arrays["length"].max())
-        arrays |= {"reward": arrays["reward"][:longest], "physics": arrays["physics"][: longest + 1]}
-        episode = EpisodeBatch(**arrays, seconds=now - self._began)
+        """Report the oldest episode."""
+        rewards, physics, terminated = zip(*(ended.popleft() for ended in self._ended), strict=True)
+        now, length = time.perf_counter(), np.array([len(x) for x in rewards])
+        episode = EpisodeBatch(_columns(rewards), _columns(physics), length, np.array(terminated), now - self._began)
         self.returns.append(episode.returns)
         self._began = now
         self._on_episode(episode)
 
-    def _array(self, number: int, name: str, like: np.ndarray, rows: int) -> np.ndarray:
-        """Return an array of an episode. It grows to at least `rows`, since episodes may end long before the limit."""
-        played = self._played.setdefault(number, {})
-        array = played.get(name, np.zeros((0, len(self.seeds), *like.shape[1:]), like.dtype))
-        if rows > len(array):
-            more = np.zeros((max(FIRST_ROWS, len(array)), *array.shape[1:]), array.dtype)
-            played[name] = array = np.concatenate([array, more])
-        return array
+
+def _columns(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return arrays (time, ...) of streams next to each other, (longest time, streams, ...), padded with zeros."""
+    found = np.zeros((max(map(len, parts)), len(parts), *parts[0].shape[1:]), parts[0].dtype)
+    for stream, part in enumerate(parts):
+        found[: len(part), stream] = part
+    return found
 
 
 class _Player:
@@ -184,7 +173,7 @@ class _Player:
             self._actor.observe(live.observe(action, reward, ended))
             ended &= playing
             if ended.any():
-                self._episodes.end(self._streams[ended], live.timestep[ended], terminated[ended])
+                self._episodes.end(self._streams[ended], terminated[ended])
                 live.begin_next(ended)
                 playing = live.episode < total
                 if (starts := ended & playing).any():
@@ -197,13 +186,10 @@ class _Player:
             seeds[row] = int(self._episodes.seeds[self._streams[row], self._live.episode[row]])
         options = None if chosen.all() else {"reset_mask": chosen}
         observation, info = self._environments.reset(seed=seeds, options=options)  # type: ignore[arg-type]
-        return self._keep_state(chosen, 0, observation, info)
+        return self._keep_state(chosen, observation, info)
 
     def _simulate(self, action: np.ndarray, playing: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return action, reward, next observation, and whether the episodes terminated and ended.
-
-        Streams that have failed have zero actions and rewards, and finished streams zero rewards.
-        """
+        """Return action, reward, next observation, terminated and ended, with zeros as actions of failed streams."""
         action = np.where(self._failed[:, None], np.float32(0), action)
         observation, reward, terminated, truncated, info = self._environments.step(action)
         ended, timestep = terminated | truncated, self._live.timestep
@@ -214,23 +200,18 @@ class _Player:
                 f"after {self._episodes.most_steps}; train on data of whole episodes"
             )
         self._failed = self._failed | (playing & ~np.isfinite(reward))
-        observation = self._keep_state(playing, 1, observation, info)
-        self._keep(playing, 0, "reward", np.where(self._failed, np.nan, reward))
+        observation = self._keep_state(playing, observation, info)
+        self._episodes.keep(self._streams[playing], "reward", np.where(self._failed, np.nan, reward)[playing])
         self._on_step(int(playing.sum()))
         return action, np.where(playing & ~self._failed, reward, 0.0), observation, terminated, ended
 
-    def _keep_state(self, chosen: np.ndarray, later: int, observation: np.ndarray, info: dict[str, Any]) -> np.ndarray:
+    def _keep_state(self, chosen: np.ndarray, observation: np.ndarray, info: dict[str, Any]) -> np.ndarray:
         """Keep the physics of the chosen environments. Returns the observations, NaN in streams that have failed."""
         self._failed = self._failed | (chosen & ~np.isfinite(observation).all(axis=1))
         failed = self._failed[:, None]
-        self._keep(chosen, later, "physics", np.where(failed, np.nan, info.get("physics", np.zeros((self._size, 0)))))
+        physics = np.where(failed, np.nan, info.get("physics", np.zeros((self._size, 0))))
+        self._episodes.keep(self._streams[chosen], "physics", physics[chosen])
         return np.where(failed, np.float32(np.nan), observation)
-
-    def _keep(self, chosen: np.ndarray, later: int, name: str, values: np.ndarray) -> None:
-        """Keep values (B, ...) of the chosen environments at `later` steps after the current one."""
-        rows = np.flatnonzero(chosen)
-        place = self._streams[rows], self._live.episode[rows], self._live.timestep[rows] + later
-        self._episodes.keep(*place, name, values[rows])
 
 
 class LiveContext:
@@ -282,10 +263,7 @@ class LiveContext:
         return self._now
 
     def observe(self, action: np.ndarray, reward: np.ndarray, is_last: np.ndarray) -> Context:
-        """Return the timestep of `step` with its action (B, action), reward (B,) and completion.
-
-        `is_last` (B,) marks the last step of an episode.
-        """
+        """Return the timestep of `step` with its action, reward and completion. `is_last` (B,) marks the last step."""
         self._earned, self.timestep = self._earned + reward, self.timestep + 1
         reached = np.zeros(len(reward), bool) if self._target is None else is_last & (self._earned >= self._target)
         scaled = self._normalisation.reward(reward[:, None].astype(np.float32))

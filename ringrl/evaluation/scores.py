@@ -140,10 +140,7 @@ def _matched(
 
 
 def _metrics(records: Sequence[EvaluationRecord]) -> dict[str, float | None]:
-    """Return the means over streams of the first, last, mean and best return ("best" is the AT paper's best-of-n).
-
-    Failed episodes are left out. A stream that failed has no last episode.
-    """
+    """Return the means over streams of the first, last, mean and best return. A stream that failed has no last one."""
     if not records:
         return {}
     returns = np.array([record.returns for record in records], np.float64)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
 from ringrl.data.sampling.held_out import held_out
-from ringrl.data.sampling.sampler import ContextPlan, ContextSampler, eligible_episodes
+from ringrl.data.sampling.sampler import ContextDraw, ContextSampler, eligible_episodes
 from ringrl.errors import UserError
 from ringrl.evaluation.formatting import all_digits
 from ringrl.methods import method_of
@@ -80,10 +80,7 @@ class TargetPolicy:
 
 
 def trained_returns(info: RunInfo, task: str, store: EpisodeStore | None) -> Float[np.ndarray, " episodes"]:
-    """Return the returns, in a task, of the episodes that training would select for this task.
-
-    Without the store, return the best of them in the run's own task, which the checkpoint contains.
-    """
+    """Return the returns, in a task, of the episodes that training selects; without the store, only the best one."""
     if store is None:
         return np.array([info.best_return])
     config, context = info.config, info.config.context
@@ -116,10 +113,7 @@ def target_and_prompt(
 
 
 def open_dataset(info: RunInfo, run: Path, data: Path | None) -> EpisodeStore:
-    """Open the dataset that a run was trained on, at `data` or else at the path in the run's configuration.
-
-    Raise UserError if the dataset cannot be read, or is another one.
-    """
+    """Open the dataset of a run, at `data` or the configuration's path. UserError if it is missing or another one."""
     path = info.config.data if data is None else data
     if data is None and not path.is_file():
         raise UserError(f"{path}: the dataset of {run} is missing; give its path with --data")
@@ -139,11 +133,7 @@ def draw_prompt(
     """Draw a prompt, selected and ordered as in training. A run trained on segments has prompts of segments.
 
     Returns the prompt as a context (1, T, ...) in the order of time, and the fields of an `EvaluationRecord` that
-    describe it. Trajectory indices are clipped below the number of trajectories in a training context.
-
-    If the target of every trajectory in a training context is the best return, the target in the prompt is
-    `target_return`, as in the live episodes that follow. Otherwise each trajectory's target is its own return.
-
+    describe it. If training contexts have one target, that of the prompt is `target_return`, as in the live episodes.
     With `prompt_rewards` zero, every return-to-go is the target of the live episodes, and no trajectory completes.
 
     Raise UserError if the dataset has fewer trajectories.
@@ -157,16 +147,16 @@ def draw_prompt(
         sampler = ContextSampler(store, task, drawn, info.normalisation, 1, config.seed, excluded=excluded)
     except UserError as error:
         raise UserError(f"--prompt-trajectories: {error}") from error
-    plan = sampler.plan(FIRST_DRAW + seed)
+    draw = sampler.draw(FIRST_DRAW + seed)
     if protocol.prompt_order == "shuffled":
-        plan = _shuffled(plan, np.random.default_rng([seed, trajectories]))
-    (episodes,) = plan.episodes
+        draw = _shuffled(draw, np.random.default_rng([seed, trajectories]))
+    (episodes,) = draw.episodes
     returns = store.returns(task)[episodes].astype(np.float64)
     if config.context.target == "best" and target_return is not None:
-        targets = np.full_like(plan.targets, target_return)
-        plan = plan._replace(targets=targets, completes=returns[None] >= targets)
-    steps = int(plan.starts[0, -1])
-    context = sampler.read(plan, slice(None), np.arange(steps))
+        targets = np.full_like(draw.targets, target_return)
+        draw = draw._replace(targets=targets, completes=returns[None] >= targets)
+    steps = int(draw.starts[0, -1])
+    context = sampler.read(draw, slice(None), np.arange(steps))
     if protocol.prompt_rewards == "zero":
         none = np.zeros_like(context.reward)
         context = context._replace(
@@ -176,18 +166,22 @@ def draw_prompt(
             previous=context.previous._replace(reward=none, completion=none),
         )
     context = context._replace(trajectory=np.minimum(context.trajectory, config.context.trajectories - 1))
-    fields: dict[str, Any] = {"prompt_episodes": tuple(episodes.tolist()), "prompt_returns": tuple(returns.tolist())}
-    fields |= {"prompt_trajectories": trajectories, "prompt_seed": seed, "prompt_control": protocol.prompt_control}
-    return context, fields
+    return context, {
+        "prompt_trajectories": trajectories,
+        "prompt_seed": seed,
+        "prompt_control": protocol.prompt_control,
+        "prompt_episodes": tuple(episodes.tolist()),
+        "prompt_returns": tuple(returns.tolist()),
+    }
 
 
-def _shuffled(plan: ContextPlan, generator: np.random.Generator) -> ContextPlan:
-    """Return the plan of one context with its trajectories in another order."""
-    count = plan.episodes.shape[1]
+def _shuffled(draw: ContextDraw, generator: np.random.Generator) -> ContextDraw:
+    """Return the draw of one context with its trajectories in another order."""
+    count = draw.episodes.shape[1]
     order = np.arange(count)
     while (order == np.arange(count)).all():
         order = generator.permutation(count)
-    lengths = np.diff(plan.starts, axis=1)[:, order]
+    lengths = np.diff(draw.starts, axis=1)[:, order]
     columns = ("episodes", "targets", "completes", "first_timesteps")
-    moved = {name: getattr(plan, name)[:, order] for name in columns}
-    return plan._replace(**moved, starts=np.concatenate([[[0]], np.cumsum(lengths, axis=1)], axis=1))
+    moved = {name: getattr(draw, name)[:, order] for name in columns}
+    return draw._replace(**moved, starts=np.concatenate([[[0]], np.cumsum(lengths, axis=1)], axis=1))

@@ -51,6 +51,10 @@ class EpisodeStates(NamedTuple):
     rewards: Float[np.ndarray, " steps"]
 
 
+Clips = Sequence[Sequence[EpisodeStates]]
+"""A video: one clip after another, with the episodes of a clip next to each other."""
+
+
 def choose(returns: Float[np.ndarray, "environments episodes"]) -> dict[str, tuple[int, int]]:
     """Choose the episodes to show: label -> (environment, episode).
 
@@ -76,7 +80,7 @@ def check_video() -> None:
 
 def write_videos(
     task: str,
-    videos: Mapping[Path, EpisodeStates | Sequence[Sequence[EpisodeStates]]],
+    videos: Mapping[Path, Clips],
     *,
     width: int = 480,
     height: int = 360,
@@ -84,8 +88,7 @@ def write_videos(
 ) -> list[Path]:
     """Write videos at a multiple of the speed of the simulated time, and return the paths.
 
-    A video shows an episode, or groups of episodes: one group after another, with its episodes next to each other. An
-    episode has `width` x `height` pixels, both even. The name of a file ends in .mp4, .gif or .apng. A file replaces
+    An episode has `width` x `height` pixels, both even. The name of a file ends in .mp4, .gif or .apng. A file replaces
     an older one only when all files are whole. MUJOCO_GL selects the OpenGL library, on Linux EGL by default. Without
     videos, this only checks that rendering works.
 
@@ -108,8 +111,7 @@ def write_videos(
     try:
         for path in videos:
             path.parent.mkdir(parents=True, exist_ok=True)
-        clips = [[[one]] if isinstance(one, EpisodeStates) else one for one in videos.values()]
-        packed = pickle.dumps([[[_finite(episode) for episode in clip] for clip in video] for video in clips])
+        packed = pickle.dumps([[[_finite(one) for one in clip] for clip in clips] for clips in videos.values()])
         result = subprocess.run(command, input=packed, capture_output=True, env=environment, check=False)
         if result.returncode:
             raise VideoError(f"no video: {_reason(result)}")

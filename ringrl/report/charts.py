@@ -26,10 +26,7 @@ ZOOMED = "(zoomed: the axis does not start at zero)"
 
 
 def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame, held_out: pd.DataFrame) -> list[Chart]:
-    """Return the charts that the results are sufficient for, in the order of the page.
-
-    Takes the tables of `read_results`, `returns_table`, `provenance.training_losses` and `loss_points`.
-    """
+    """Return the charts that the results are sufficient for, in the order of the page."""
     draw = Drawing(styles(table))
     # Validating hundreds of marks would take most of the time.
     with debug_mode(False), alt.data_transformers.disable_max_rows():

@@ -181,10 +181,7 @@ def _between(shortest: pd.Series, longest: pd.Series) -> str:
 
 
 def starts_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
-    """Return a warning if compared policies were rolled out from different starts; None if not.
-
-    Prompted rollouts are left out, since their chart has equal starts.
-    """
+    """Return a warning if compared policies have different starts, other than after prompts; None if not."""
     rows, unlike = results[results["memory"]], []
     cells = table.loc[table["length"].notna() | (table["kind"] == "reference"), CELL]
     starts = rows.merge(cells, on=CELL).groupby(RUN)["start"].agg(frozenset)

@@ -65,10 +65,7 @@ class Chart(NamedTuple):
 
 
 def styles(table: pd.DataFrame) -> dict[str, Style]:
-    """Return how each method is drawn, the same in all charts.
-
-    A method of METHODS has one colour in all reports. The variants of a report take the other colours in turn.
-    """
+    """Return how each method is drawn, the same in all charts. Variants take the colours that no method owns."""
     policies = table[table["kind"] != "data"].sort_values(["kind", "method"]).drop_duplicates("method")
     shared = cycle(_SHARED)
     found = {
@@ -212,10 +209,7 @@ class Drawing(NamedTuple):
         return alt.Color("method:N", title=None, scale=alt.Scale(domain=list(self.styles), range=shades))
 
     def lines(self, data: pd.DataFrame, x: alt.X, y: alt.Y, *, points: bool = True) -> list[alt.Chart]:
-        """Return lines per method, memory and curve, bars for intervals, and points with tooltips.
-
-        `data` is a result of `rows`. Without `points`, only their tooltips remain.
-        """
+        """Return lines per method, memory and curve, bars for intervals, and tooltips, at visible or hidden points."""
         base = alt.Chart(data).encode(x=x, color=self.colour(), detail=["curve:N", "memory:N"])
         line = base.mark_line(strokeWidth=2, strokeJoin="round").encode(y=y, opacity=STRENGTH)
         if data["memory"].nunique() > 1:

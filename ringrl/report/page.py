@@ -130,15 +130,9 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     """Write the page into the folder `destination`, with figures/ and tables/; return the page's path.
 
     Each file is replaced as a whole, the page last, so a failed report leaves the old page. Other files in the folder
-    are not touched.
+    are not touched. `results` are as for `read_results`.
 
-    Args:
-        results: results files, or folders that are searched for *.jsonl and *.jsonl.gz.
-        destination: folder of the report, created if it is missing.
-
-    Raises:
-        UserError: there are no results, a file cannot be read, one task has results from several datasets, or the
-            folder cannot be written.
+    UserError as for `read_results`, or if the folder cannot be written.
     """
     read = read_results(results)
     table, runs = returns_table(read), provenance.training_runs(read)
@@ -178,10 +172,7 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
 
 
 def terminal_table(results: Path | Sequence[Path]) -> Group:
-    """Return the table of returns for a terminal of 80 columns, and lines that say what was left out.
-
-    Raise UserError if there are no results, or they cannot be read.
-    """
+    """Return the table of returns for 80 columns, and lines of what was left out. UserError as for `read_results`."""
     read = read_results(results)
     lines = [Text(printable(line), no_wrap=True, overflow="ignore") for line in read.attrs["left_out"]]
     return Group(to_rich(returns_table(read)), *lines)

@@ -116,10 +116,7 @@ def training_losses(runs: pd.DataFrame, points: int = POINTS) -> pd.DataFrame:
 
 
 def run_folder(row: pd.Series, next_to_results: Sequence[Path]) -> Path | None:
-    """Return the folder of a training run: next to its results, or the recorded path.
-
-    The configuration in the folder must have the settings, seed, length and task of the run.
-    """
+    """Return the folder of a run, next to its results or at the recorded path, if its configuration fits; else None."""
     recorded = Path(str(row["checkpoint"]))
     for folder in [*(place for place in next_to_results if place.name == recorded.name), recorded]:
         try:

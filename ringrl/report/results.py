@@ -244,10 +244,7 @@ def _variant(record: EvaluationRecord, separating: Collection[str]) -> _Variant:
 
 
 def _separating_settings(records: Sequence[EvaluationRecord]) -> Mapping[tuple[str, ...], set[str]]:
-    """Return family -> settings that separate runs which are otherwise equal.
-
-    Settings that follow from the length separate runs only if nothing else does.
-    """
+    """Return family -> settings that separate otherwise equal runs. LENGTH_SETTINGS do so only if nothing else does."""
     groups: dict[tuple[object, ...], list[Settings]] = defaultdict(list)
     for record in records:
         place = _family(record), record.token_set, record.train_trajectories, record.train_task

@@ -100,19 +100,13 @@ def run_scores(results: pd.DataFrame, counted: str = "counts") -> pd.DataFrame:
 
 
 def scores_of(runs: pd.DataFrame, cell: Any, metric: str = "mean", *, memory: bool = True) -> pd.Series:
-    """Return a metric of one cell, or of its control, from the table of `run_scores`.
-
-    The scores are indexed by training run, ascending by seed. Runs without the metric are absent.
-    """
+    """Return a metric of a cell, or of its control, from `run_scores`, by training run in the order of seeds."""
     key = (*(cell[name] for name in CELL), memory)
     return runs.loc[key:key].set_index("run")[metric].dropna()  # a slice also of one row or none
 
 
 def recorded_runs(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per training run, from its longest rollout, with its steps and settings.
-
-    Columns: as `run_scores`, steps_trained, and settings (name -> value, defaults included).
-    """
+    """Return a row of `run_scores` per training run, from its longest rollout, with steps_trained and all settings."""
     cells = table.loc[table["length"].notna() | (table["kind"] == "reference"), CELL]
     recorded = results.groupby(RUN)[["steps_trained", "settings"]].first().reset_index()
     scores = run_scores(results).query("memory").reset_index(drop=True)
@@ -238,10 +232,7 @@ def tasks_like_random(results: pd.DataFrame, table: pd.DataFrame) -> list[str]:
 
 
 def normalised_scores(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Return normalised scores over all tasks, at the context lengths that every task has one curve through.
-
-    Columns: method, length, iqm, low, high, seeds.
-    """
+    """Return normalised scores over all tasks, at the context lengths that every task has one curve through."""
     runs, rows, points = run_scores(results), [], table[table["length"].notna()]
     points = points[points.groupby(["task", "method"])["curve"].transform("nunique") == 1]
     tasks = table.loc[table["length"].notna(), "task"].unique()
@@ -260,10 +251,7 @@ def normalised_scores(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFram
 
 
 def ends_of_curve(rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """Return the rows of the shortest and the longest context of one method on one task.
-
-    If training lengths have curves of their own, both are on the curve of the longest training length.
-    """
+    """Return a method's rows of the shortest and longest context on the curve of its longest training length."""
     longest = rows[rows["curve"] == rows.loc[rows["train_trajectories"].idxmax(), "curve"]].sort_values("length")
     return longest.iloc[0], longest.iloc[-1]
 
@@ -298,10 +286,7 @@ def prompt_returns(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def training_table(results: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the training cost, throughput and memory of each method and length, from `provenance.training_runs`.
-
-    The steps of the evaluated checkpoints are NaN if these are the last ones.
-    """
+    """Return the training cost of each method and length. steps_trained is NaN if the last step was evaluated."""
     by = ["task", "method", "train_trajectories"]
     costs = (
         results[~results["kind"].isin(["data", "prompt control"])]
@@ -345,10 +330,7 @@ def loss_points(results: pd.DataFrame, table: pd.DataFrame, runs: pd.DataFrame) 
 
 
 def loss_correlations(points: pd.DataFrame) -> pd.DataFrame:
-    """Return Spearman's correlation of held-out loss and return, one row per task with enough runs.
-
-    Columns: task, runs, correlation, low and high (bootstrap over runs).
-    """
+    """Return Spearman's correlation of held-out loss and return, with intervals, for each task with enough runs."""
     rows = []
     for task, group in points.groupby("task"):
         if len(group) >= ENOUGH_RUNS:

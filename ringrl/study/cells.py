@@ -197,9 +197,12 @@ def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProx
     found = []
     for task, source in sources.items():
         episodes = max(part.episodes for part in plan.whole if source in part.datasets)
-        own: dict[str, dict[str, Any]] = {"random": {"episodes": episodes}, "data": {"data": fingerprints.get(source)}}
-        for kind in own:
-            folder, about = plan.output / folder_name(task) / kind, {"kind": kind, "task": task, **own[kind]}
+        facts: dict[str, dict[str, Any]] = {
+            "random": {"episodes": episodes},
+            "data": {"data": fingerprints.get(source)},
+        }
+        for kind, own in facts.items():
+            folder, about = plan.output / folder_name(task) / kind, {"kind": kind, "task": task, **own}
             found.append(Reference(folder, about, plan.datasets[source], modules=plan.environment_modules))
     return found
 

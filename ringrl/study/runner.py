@@ -87,7 +87,7 @@ def _check(plan: AblationPlan, workers: int) -> tuple[list[Cell], list[Reference
     """Return the plan's cells and references. Write nothing. Raise UserError if one of them cannot be run."""
     if workers < 1:
         raise UserError(f"--workers: {workers} is too small; give at least 1")
-    cells(plan)
+    cells(plan)  # settings are checked before the datasets, which may be missing
     stores, fingerprints = {}, {}
     for task, data in plan.datasets.items():
         store = stores[task] = EpisodeStore(data)

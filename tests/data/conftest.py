@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ringrl.data.exorl import save_episode
-from ringrl.data.store import EpisodeStore
+from ringrl.data.store import EpisodeStore, Provenance
 from ringrl.data.store.format import recorded_arrays, reward_key
 from ringrl.data.store.writer import create_store
 from ringrl.envs import DOMAINS, make
@@ -106,7 +106,9 @@ def write_store() -> Callable[..., EpisodeStore]:
     def write(path: Path, domain: str, episodes: list[dict[str, np.ndarray]], **keywords) -> EpisodeStore:
         lengths = [len(episode["observation"]) - 1 for episode in episodes]
         tasks = DOMAINS[domain].tasks
-        with create_store(path, domain, tasks, lengths, source="made/up.zip", **keywords) as writer:
+        with create_store(
+            path, DOMAINS[domain], tasks, lengths, source=Provenance("made/up.zip"), **keywords
+        ) as writer:
             for episode in episodes:
                 writer.append(episode)
         return EpisodeStore(path)

@@ -172,15 +172,15 @@ def test_videos_show_the_first_the_median_and_the_best_episode(tmp_path: Path, m
     shown: dict[str, EpisodeStates] = {}
 
     def write_videos(
-        task: str, episodes: dict[Path, EpisodeStates], *, speed: int, width: int, height: int
+        task: str, videos: dict[Path, list[list[EpisodeStates]]], *, speed: int, width: int, height: int
     ) -> list[Path]:
         assert (speed, width, height) == (1, 480, 360)
-        shown.update({path.stem: states for path, states in episodes.items()})
-        return list(episodes)
+        shown.update({path.stem: states for path, [[states]] in videos.items()})
+        return list(videos)
 
     monkeypatch.setattr(evaluate_module, "write_videos", write_videos)
     (evaluation, _) = evaluations_in(tmp_path / "evaluation.jsonl", environments=2)
-    evaluate_all([evaluation], video=True)
+    evaluate_all([evaluation], video=VideoOptions())
     returns = np.array(returns_in(evaluation.results))
     places = choose(returns)
     assert list(shown) == list(places) == ["first", "median", "best"]
@@ -224,7 +224,7 @@ def test_side_by_side_shows_the_median_context_next_to_its_control(
 def test_without_opengl_the_evaluation_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "disabled")
     (evaluation, _), listener = evaluations_in(tmp_path / "evaluation.jsonl"), Listener()
-    evaluate_all([evaluation], video=True, progress=listener)
+    evaluate_all([evaluation], video=VideoOptions(), progress=listener)
     assert listener.messages[0].startswith("no video: ")
     assert len(read_records(evaluation.results).records) == 1
     assert not list(evaluation.videos.glob("*.mp4"))

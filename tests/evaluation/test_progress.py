@@ -109,13 +109,13 @@ def test_the_final_table_fits_80_columns(evaluations: list[Evaluation]) -> None:
     (data,) = [row.split() for row in text.splitlines() if "Dataset, all episodes" in row]
     assert data[3] == "90.0"
     measured = summarise([record for evaluation in evaluations for record in found(evaluation, (1.0, 2.0, 3.0))])
-    assert shown(final_table(measured)).count("Random policy") == len(TASKS), "not next to the known return"
+    assert shown(final_table(measured, {})).count("Random policy") == len(TASKS), "not next to the known return"
     assert "No memory: the mean" in text
-    assert "No memory: the mean" not in shown(final_table(measured))
+    assert "No memory: the mean" not in shown(final_table(measured, {}))
     prompted = [
         record.model_copy(update={"prompt_trajectories": 3, "prompt_control": "shuffled"}) for record in records
     ]
-    assert "after a prompt of 3 (shuffled)" in shown(final_table(summarise(prompted)))
+    assert "after a prompt of 3 (shuffled)" in shown(final_table(summarise(prompted), {}))
     # The episodes that failed in the streams are left out of the control.
     (line,) = [row for row in text.splitlines() if row.strip().startswith("one") and "(9)" in row]
     expected = ["one", "150", "2", "x", "3", "120", "(9)", "\N{EN DASH}", "510", "(49)", "4"]

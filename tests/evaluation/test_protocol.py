@@ -16,7 +16,6 @@ from ringrl.evaluation import (
     Protocol,
     TrainedPolicy,
     evaluate_policy,
-    evaluate_random,
     load_policy,
     policy_evaluation,
     random_evaluation,
@@ -189,8 +188,8 @@ def test_at_and_dt_of_equal_parameters_seeds_and_starts_are_different_evaluation
 
 
 def test_random_actions_do_not_depend_on_other_streams() -> None:
-    two = evaluate_random(TASK, Protocol(environments=2, episodes=2, seed=70))
-    (alone,) = evaluate_random(TASK, Protocol(environments=1, episodes=2, seed=72))
+    two = roll_out(random_evaluation(TASK, Protocol(environments=2, episodes=2, seed=70)))
+    (alone,) = roll_out(random_evaluation(TASK, Protocol(environments=1, episodes=2, seed=72)))
     assert alone.returns == two[1].returns != two[0].returns
     assert (alone.target_policy, alone.target_return, alone.environment_seed) == ("none", None, 72)
     assert not random_evaluation(TASK, Protocol(control=True)).protocol.control

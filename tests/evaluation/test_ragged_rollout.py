@@ -92,9 +92,8 @@ def test_a_segment_has_the_last_steps_also_after_the_first_stream_has_ended():
         assert segment[3].tolist() == [*range(max(0, step - 2), step + 1)]
 
 
-def test_memory_does_not_grow_with_the_limit_of_steps(monkeypatch):
+def test_memory_does_not_grow_with_the_limit_of_steps():
     whole, episodes, _ = play([ragged(3)], episodes=4, most_steps=6)
-    monkeypatch.setattr("ringrl.evaluation.rollout.FIRST_ROWS", 2)
     returns, again, _ = play([ragged(3)], episodes=4, most_steps=10**15)
     np.testing.assert_array_equal(returns, whole)
     for one, other in zip(again, episodes, strict=True):

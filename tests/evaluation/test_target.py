@@ -236,7 +236,7 @@ def test_prompts_are_not_contexts_of_the_training(
     sampler = ContextSampler(jaco_store, TASK, info.config.context, info.normalisation, 6, info.config.seed)
     for seed in range(4):
         prompt = policy_evaluation(random, Protocol(prompt_trajectories=4, prompt_seed=seed)).template.prompt_episodes
-        assert prompt not in {tuple(row) for row in sampler.plan(seed).episodes.tolist()}
+        assert prompt not in {tuple(row) for row in sampler.draw(seed).episodes.tolist()}
 
 
 def test_prompts_differ_where_all_training_contexts_are_the_same(trained: TrainedPolicy, at_run: Path) -> None:

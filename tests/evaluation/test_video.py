@@ -10,7 +10,7 @@ from PIL import Image
 from ringrl.envs import DOMAINS, domain_of, make
 from ringrl.errors import UserError
 from ringrl.evaluation import Protocol, evaluate_all, random_evaluation
-from ringrl.evaluation.video import EpisodeStates, VideoError, choose, write_videos
+from ringrl.evaluation.video import EpisodeStates, VideoError, VideoOptions, choose, write_videos
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
 _WIDTH, _HEIGHT = 240, 180  # pixels
@@ -37,7 +37,7 @@ def _episode(task, steps, label="best"):
 
 def _draw(task, episode, path):
     """Return the frames (N, height, width, 3) as signed integers, and the frames per second."""
-    assert write_videos(task, {path: episode}, width=_WIDTH, height=_HEIGHT) == [path]
+    assert write_videos(task, {path: [[episode]]}, width=_WIDTH, height=_HEIGHT) == [path]
     return imageio.v3.imread(path).astype(int), imageio.v3.immeta(path)["fps"]
 
 
@@ -85,9 +85,9 @@ def test_step_return_and_label_are_rendered(tmp_path, monkeypatch, opengl):
     (tmp_path / "imageio.py").write_text("raise RuntimeError('imported from the working folder')")
     still = np.zeros((2, 4))
     paths = {
-        tmp_path / "folder" / "0.mp4": EpisodeStates("best", still, np.array([0.0])),
-        tmp_path / "folder" / "1.mp4": EpisodeStates("best", still, np.array([888.8])),
-        tmp_path / "folder" / "2.mp4": EpisodeStates("first", still, np.array([0.0])),
+        tmp_path / "folder" / "0.mp4": [[EpisodeStates("best", still, np.array([0.0]))]],
+        tmp_path / "folder" / "1.mp4": [[EpisodeStates("best", still, np.array([888.8]))]],
+        tmp_path / "folder" / "2.mp4": [[EpisodeStates("first", still, np.array([0.0]))]],
     }
     assert write_videos("cartpole_swingup", paths, width=_WIDTH, height=_HEIGHT) == list(paths)
     poor, rich, other = (imageio.v3.imread(path).astype(int) for path in paths)
@@ -126,8 +126,9 @@ def test_without_opengl_the_error_is_one_line(variable, value, reason, tmp_path,
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, value)
+    clips = [[EpisodeStates("best", np.zeros((2, 4)), np.zeros(1))]]
     with pytest.raises(VideoError, match=rf"^no video: no OpenGL to render with.*{reason}.*install one.*") as raised:
-        write_videos("cartpole_swingup", {tmp_path / "best.mp4": EpisodeStates("best", np.zeros((2, 4)), np.zeros(1))})
+        write_videos("cartpole_swingup", {tmp_path / "best.mp4": clips})
     assert "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -138,20 +139,20 @@ def test_an_older_video_stays_when_a_new_one_fails(tmp_path, monkeypatch, opengl
     episode = EpisodeStates("best", np.zeros((2, 4)), np.zeros(1))
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "nowhere"))
     with pytest.raises(VideoError, match=r"no video: the rendering process failed .*nowhere"):
-        write_videos("cartpole_swingup", {path: episode})
+        write_videos("cartpole_swingup", {path: [[episode]]})
     assert [(file, file.read_text()) for file in tmp_path.iterdir()] == [(path, "older")]
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
     folder = tmp_path / "folder.mp4"
     folder.mkdir()
     with pytest.raises(VideoError, match=r"no video: .*folder[.]mp4: Is a directory; choose another folder"):
-        write_videos("cartpole_swingup", {folder: episode})
+        write_videos("cartpole_swingup", {folder: [[episode]]})
     assert sorted(tmp_path.iterdir()) == [path, folder]
     with pytest.raises(VideoError, match=r"no video: .*best\.mp4: .*; choose another folder"):
-        write_videos("cartpole_swingup", {path / "best.mp4": episode})
+        write_videos("cartpole_swingup", {path / "best.mp4": [[episode]]})
     with pytest.raises(UserError, match=r"best[.]avi: unknown video format; give a name that ends in [.]mp4, "):
-        write_videos("cartpole_swingup", {path.with_suffix(".avi"): episode})
+        write_videos("cartpole_swingup", {path.with_suffix(".avi"): [[episode]]})
     with pytest.raises(UserError, match="unknown task"):
-        write_videos("cartpole_dance", {path: episode})
+        write_videos("cartpole_dance", {path: [[episode]]})
 
 
 def test_episodes_are_shown_next_to_and_after_each_other(tmp_path, opengl):
@@ -159,7 +160,7 @@ def test_episodes_are_shown_next_to_and_after_each_other(tmp_path, opengl):
     width, height = 96, 72
     long, short = _episode(task, 50), _episode(task, 20, "short")
     files = {
-        tmp_path / "single.apng": long,
+        tmp_path / "single.apng": [[long]],
         tmp_path / "both.apng": [[long, short], [short, long]],
         tmp_path / "both.gif": [[long, short], [short, long]],
     }
@@ -188,7 +189,7 @@ def test_a_missing_package_is_named_before_anything_is_rolled_out(tmp_path, monk
         write_videos("cartpole_swingup", {})
     evaluation = random_evaluation("cartpole_swingup", Protocol(), results=tmp_path / "random.jsonl")
     with pytest.raises(UserError, match=line):
-        evaluate_all([evaluation], video=True)
+        evaluate_all([evaluation], video=VideoOptions())
     assert list(tmp_path.iterdir()) == []
 
 

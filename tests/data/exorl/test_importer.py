@@ -70,7 +70,7 @@ def test_an_import_has_the_archive_in_order_and_relabelled(tmp_path, cartpole_zi
     assert store.path == tmp_path / "new" / "cartpole.h5"
     assert store.tasks == DOMAINS["cartpole"].tasks
     assert store.recorded_task == "cartpole_swingup"
-    assert store.source.endswith("/cartpole.zip")
+    assert store.provenance.source.endswith("/cartpole.zip")
     for i, number in enumerate(sorted(cartpole_episodes)):
         original, stored = cartpole_episodes[number], store.episode(i)
         for key, array in original.items():

@@ -19,7 +19,7 @@ import archives
 import stores
 
 from ringrl.data import EpisodeStore, import_archive
-from ringrl.data.store.writer import create_store
+from ringrl.data.store import Provenance, create_store
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
 
@@ -118,7 +118,7 @@ def try_stores(seeds: int, folder: Path) -> Iterator[tuple]:
 def write_good_store(path: Path) -> None:
     """Four short cartpole episodes of random numbers."""
     random, tasks, lengths = np.random.default_rng(0), DOMAINS["cartpole"].tasks, [20, 7, 1, 30]
-    with create_store(path, "cartpole", tasks, lengths, source="made/up.zip") as writer:
+    with create_store(path, DOMAINS["cartpole"], tasks, lengths, source=Provenance("made/up.zip")) as writer:
         for length in lengths:
             rows = {
                 k: random.random((length + 1, w), np.float32) for k, w in zip(archives.KEYS, (5, 1, 1, 1), strict=False)

@@ -46,7 +46,7 @@ def test_minari_opens_an_export(jaco_store: EpisodeStore, root: Path) -> None:
         assert all(dataset.observation_space.contains(row) for row in episode.observations)
         assert all(dataset.action_space.contains(row) for row in episode.actions)
     metadata = dataset.storage.metadata
-    assert jaco_store.source in metadata["description"]
+    assert jaco_store.provenance.source in metadata["description"]
     assert metadata["ringrl"]["fingerprint"] == jaco_store.fingerprint
     assert (metadata["ringrl"]["task"], metadata["ringrl"]["provenance"]["relabelling"]) == (TASK, "control_aware")
     environment = dataset.recover_environment()

@@ -139,7 +139,7 @@ def results(
 def test_the_global_batch_is_the_plain_one_in_layout_order(results, made, shape, layout):
     ring = shape[2]
     length = PADDED[ring] if layout == "zigzag" else -(-27 // ring) * ring
-    plain = made.read(made.plan(STEP), slice(None), np.arange(length))
+    plain = made.read(made.draw(STEP), slice(None), np.arange(length))
     np.testing.assert_array_equal(plain.observation[:, : made.time], made.batch(STEP).observation)
     for path, leaf in jax.tree_util.tree_leaves_with_path(plain):
         expected = np.asarray(to_layout(leaf, layout, ring))
@@ -159,14 +159,14 @@ def test_the_global_batch_is_the_plain_one_in_layout_order(results, made, shape,
 
 @pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
 def test_each_process_reads_the_rows_of_its_own_devices(results, made, mixed, shape, layout):
-    plan, seen = made.plan(STEP), []
+    draw, seen = made.draw(STEP), []
     for values in results:
         observation, action, reward = set(), set(), set()
         positions = f"{shape} {layout}|.position|"
         for name in (name for name in values if name.startswith(positions)):
             first_context = int(name.split("|")[2])
             for (i, _), t in np.ndenumerate(values[name]):
-                starts, episodes = plan.starts[first_context + i], plan.episodes[first_context + i]
+                starts, episodes = draw.starts[first_context + i], draw.episodes[first_context + i]
                 k = int(np.searchsorted(starts, t, side="right")) - 1
                 if k == 3:
                     continue  # padding
@@ -186,7 +186,7 @@ def test_each_process_reads_the_rows_of_its_own_devices(results, made, mixed, sh
         assert set(read[f"reward/{TASK}"]) <= reward
         seen.append(read["observation"])
     # Each process reads each of its steps once, even if several devices share the step.
-    steps = int(plan.starts[:, -1].sum())
+    steps = int(draw.starts[:, -1].sum())
     if shape[3] == 1:
         assert sum(map(len, seen)) == steps
     else:

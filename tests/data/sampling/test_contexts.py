@@ -67,10 +67,10 @@ ascending_times = st.one_of(
 @settings(max_examples=150)
 @given(step=st.integers(0, 5), first=st.integers(0, 4), past=st.integers(0, 4), times=ascending_times)
 def test_a_rectangle_equals_that_part_of_the_batch(either, step, first, past, times):
-    plan, rows = either.plan(step), slice(first, past)
-    whole = either.read(plan, slice(None), np.arange(PADDED))
+    draw, rows = either.draw(step), slice(first, past)
+    whole = either.read(draw, slice(None), np.arange(PADDED))
     assert_part(either.batch(step), whole, slice(None), slice(0, either.time))
-    assert_part(either.read(plan, rows, times), whole, rows, times)
+    assert_part(either.read(draw, rows, times), whole, rows, times)
 
 
 class Recorded:
@@ -95,18 +95,18 @@ def recording(mixed: EpisodeStore) -> Callable[[], dict[str, set[int]]]:
 
 @pytest.mark.parametrize("times", [[0], [5], [6], [9, 10, 11], [3, 7, 11, 15], [28, 30], "starts"])
 def test_only_the_rows_that_are_needed_are_read(mixed, made, recording, times):
-    plan = made.plan(1)
-    times = plan.starts[2, :3].tolist() if times == "starts" else times
-    made.read(plan, slice(2, 3), np.array(times))
+    draw = made.draw(1)
+    times = draw.starts[2, :3].tolist() if times == "starts" else times
+    made.read(draw, slice(2, 3), np.array(times))
     observation, action, reward = set(), set(), set()
     for t in times:
-        k = int(np.searchsorted(plan.starts[2], t, side="right")) - 1
+        k = int(np.searchsorted(draw.starts[2], t, side="right")) - 1
         if k == 3:
             continue  # padding
-        first = int(mixed.offsets[plan.episodes[2, k]])
-        row = first + t - int(plan.starts[2, k])
+        first = int(mixed.offsets[draw.episodes[2, k]])
+        row = first + t - int(draw.starts[2, k])
         observation.add(row)
-        before = row if row > first else int(mixed.offsets[plan.episodes[2, k - 1] + 1]) - 1 if k else None
+        before = row if row > first else int(mixed.offsets[draw.episodes[2, k - 1] + 1]) - 1 if k else None
         action |= {row + 1, before, row} - {None}  # the row of a state has the action before the state
         reward |= {*range(first, row + 2), before} - {None}
     read = recording()
@@ -120,4 +120,4 @@ def test_only_the_rows_that_are_needed_are_read(mixed, made, recording, times):
 @pytest.mark.parametrize("times", [[-3, 2], [2, 1], [2, 2]])
 def test_times_that_do_not_ascend_are_rejected(made, times):
     with pytest.raises(ValueError, match="expected ascending times, none below 0"):
-        made.read(made.plan(0), slice(None), np.array(times))
+        made.read(made.draw(0), slice(None), np.array(times))

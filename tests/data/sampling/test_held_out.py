@@ -139,16 +139,16 @@ def test_wrong_prompts_are_of_the_next_task_and_end_with_the_right_trajectory(st
     right, wrong = (
         kind(store, TASKS[0], config, scale, 200, 0, excluded=excluded) for kind in (ContextSampler, WrongPromptSampler)
     )
-    plan, own, other = right.plan(7), right.batch(7), wrong.batch(7)
-    assert set(plan.tasks) == set(TASKS)
+    draw, own, other = right.draw(7), right.batch(7), wrong.batch(7)
+    assert set(draw.tasks) == set(TASKS)
     last, repeated = slice(2 * STEPS, None), 0
     for name in ("observation", "action", "reward", "return_to_go", "completion", "timestep", "trajectory", "position"):
         np.testing.assert_array_equal(getattr(other, name)[:, last], getattr(own, name)[:, last], err_msg=name)
-    for row, task in enumerate(plan.tasks):
+    for row, task in enumerate(draw.tasks):
         following = TASKS[(TASKS.index(task) + 1) % 3]
         numbers = other.observation[row, ::STEPS, 0].astype(int)
         assert len(set(numbers)) == 3
-        repeated += set(numbers[:2]) <= set(plan.episodes[row])
+        repeated += set(numbers[:2]) <= set(draw.episodes[row])
         first, second = (store.returns(following)[i] for i in numbers[:2])
         assert first < second, "ascending in the wrong task"
         for place, number in enumerate(numbers[:2]):

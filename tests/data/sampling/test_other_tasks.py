@@ -35,13 +35,13 @@ def sampler(store: EpisodeStore, task: str = TASKS[0], batch_size: int = 6, **co
 
 def test_each_context_has_one_task(store: EpisodeStore) -> None:
     several = sampler(store, other_tasks=TASKS[1:])
-    plan, batch = several.plan(0), several.batch(0)
-    assert set(plan.tasks) == set(TASKS), "both in six draws"
-    for row, task in enumerate(plan.tasks):
-        chosen = plan.episodes[row]
+    draw, batch = several.draw(0), several.batch(0)
+    assert set(draw.tasks) == set(TASKS), "both in six draws"
+    for row, task in enumerate(draw.tasks):
+        chosen = draw.episodes[row]
         returns = store.returns(task)[chosen]
         assert list(returns) == sorted(returns), "ascending in its own task"
-        assert plan.targets[row] == pytest.approx(returns.max())
+        assert draw.targets[row] == pytest.approx(returns.max())
         rows = [slice(store.offsets[i] + 1, store.offsets[i + 1]) for i in chosen]
         rewards = np.concatenate([store.arrays[f"reward/{task}"][span] for span in rows])
         np.testing.assert_allclose(batch.reward[row], rewards, rtol=1e-6)
@@ -54,10 +54,10 @@ def test_each_context_has_one_task(store: EpisodeStore) -> None:
 
 def test_all_tasks_are_equally_likely_and_any_part_reads_equally(store: EpisodeStore) -> None:
     several = sampler(store, batch_size=400, other_tasks=TASKS[1:])
-    plan = several.plan(3)
-    assert abs((plan.tasks == TASKS[0]).mean() - 0.5) < 0.1
-    whole, times = several.read(plan, slice(None), np.arange(several.time)), np.array([2, 3, 9, 17])
-    part = several.read(plan, slice(5, 60), times)
+    draw = several.draw(3)
+    assert abs((draw.tasks == TASKS[0]).mean() - 0.5) < 0.1
+    whole, times = several.read(draw, slice(None), np.arange(several.time)), np.array([2, 3, 9, 17])
+    part = several.read(draw, slice(5, 60), times)
     np.testing.assert_array_equal(part.reward, np.asarray(whole.reward)[5:60][:, times])
     np.testing.assert_array_equal(part.return_to_go, np.asarray(whole.return_to_go)[5:60][:, times])
 
@@ -74,8 +74,8 @@ def test_each_task_keeps_its_own_best_episodes(store: EpisodeStore) -> None:
         TASKS[0]: [2, 3, 4],  # returns grow with the number of the episode in this task, and fall in the other
         TASKS[1]: [0, 1, 2],
     }
-    plan = several.plan(0)
-    assert {(str(task), tuple(row)) for task, row in zip(plan.tasks, plan.episodes.tolist(), strict=True)} == {
+    draw = several.draw(0)
+    assert {(str(task), tuple(row)) for task, row in zip(draw.tasks, draw.episodes.tolist(), strict=True)} == {
         (TASKS[0], (2, 3, 4)),
         (TASKS[1], (2, 1, 0)),
     }
@@ -88,7 +88,7 @@ def test_each_task_keeps_its_own_best_episodes(store: EpisodeStore) -> None:
 def test_draws_without_other_tasks_are_unchanged(store: EpisodeStore) -> None:
     """Ascending in return is ascending in number, so what a seed drew before there were other tasks can be message."""
     drawn = [np.sort(np.random.default_rng([0, 7, row]).choice(EPISODES, 3, replace=False)) for row in range(6)]
-    np.testing.assert_array_equal(sampler(store).plan(7).episodes, drawn)
+    np.testing.assert_array_equal(sampler(store).draw(7).episodes, drawn)
 
 
 def test_invalid_settings_are_rejected(store: EpisodeStore, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from ringrl.config import ContextConfig
 from ringrl.context import Context
 from ringrl.data.sampling.normalisation import Normalisation
-from ringrl.data.sampling.sampler import ContextPlan, ContextSampler
+from ringrl.data.sampling.sampler import ContextDraw, ContextSampler
 from ringrl.data.store import EpisodeStore
 from ringrl.errors import UserError
 
@@ -33,15 +33,15 @@ def sampler(store: EpisodeStore, batch_size: int = 4, seed: int = 0, **config: o
     return ContextSampler(store, TASK, settings, Normalisation.of(store), batch_size, seed)
 
 
-def slowly(made: ContextSampler, plan: ContextPlan, row: int) -> dict[str, list]:
+def slowly(made: ContextSampler, draw: ContextDraw, row: int) -> dict[str, list]:
     """Return the columns of one context, step by step in float64."""
     steps: dict[str, list] = {}
-    episodes = [made.store.episode(int(number)) for number in plan.episodes[row]]
-    rewards = [episode[f"reward/{plan.tasks[row]}"].astype(np.float64)[1:] for episode in episodes]
+    episodes = [made.store.episode(int(number)) for number in draw.episodes[row]]
+    rewards = [episode[f"reward/{draw.tasks[row]}"].astype(np.float64)[1:] for episode in episodes]
     best = max(sum(reward) for reward in rewards)
     scale = made.normalisation
     for k, (episode, reward) in enumerate(zip(episodes, rewards, strict=True)):
-        first = int(plan.first_timesteps[row, k])
+        first = int(draw.first_timesteps[row, k])
         target = {"best": best, "own": sum(reward), "none": None}[made.config.target]
         for t in range(first, first + made.config.segment_steps):
             is_end = t == len(reward) - 1
@@ -78,23 +78,23 @@ def slowly(made: ContextSampler, plan: ContextPlan, row: int) -> dict[str, list]
 )
 def test_a_context_of_segments_equals_a_slow_construction(store: EpisodeStore, config: dict) -> None:
     made = sampler(store, 30, **config)
-    plan, batch = made.plan(2), made.batch(2)
+    draw, batch = made.draw(2), made.batch(2)
     assert made.time == 3 * made.config.segment_steps
     for row in range(30):
-        for name, values in slowly(made, plan, row).items():
+        for name, values in slowly(made, draw, row).items():
             found = batch
             for part in name.split("."):
                 found = getattr(found, part)
             np.testing.assert_allclose(found[row], values, rtol=1e-5, atol=1e-6, err_msg=name)
-        returns = store.returns(plan.tasks[row])[plan.episodes[row]]
+        returns = store.returns(draw.tasks[row])[draw.episodes[row]]
         assert made.config.order == "random" or list(returns) == sorted(returns)
     ends = made.config.target != "none" and made.config.segment_start_share < 1  # some segments end with their episode
     assert batch.completion.any() == ends
 
 
 def test_segments_draw_the_episodes_of_whole_contexts(store: EpisodeStore) -> None:
-    whole = sampler(store, segment_steps=None).plan(5)
-    np.testing.assert_array_equal(sampler(store).plan(5).episodes, whole.episodes)
+    whole = sampler(store, segment_steps=None).draw(5)
+    np.testing.assert_array_equal(sampler(store).draw(5).episodes, whole.episodes)
     assert not whole.first_timesteps.any()
 
 
@@ -114,20 +114,20 @@ def test_segments_as_long_as_their_episodes_differ_in_the_outcome_before_only(
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_share_of_segments_begins_with_its_episode(store: EpisodeStore, share: float) -> None:
-    plan = sampler(store, 6000, trajectories=1, segment_start_share=share).plan(0)
+    draw = sampler(store, 6000, trajectories=1, segment_start_share=share).draw(0)
     for number, length in enumerate(LENGTHS):
-        first = plan.first_timesteps[plan.episodes == number]
+        first = draw.first_timesteps[draw.episodes == number]
         places = length - 4 + 1
         expected = np.full(places, (1 - share) / places) + share * (np.arange(places) == 0)
         np.testing.assert_allclose(np.bincount(first, minlength=places) / len(first), expected, atol=0.06)
 
 
 def test_segments_are_a_function_of_seed_and_step(store: EpisodeStore) -> None:
-    plan = sampler(store, 50).plan(7)
-    for a, b in zip(plan, sampler(store, 50).plan(7), strict=True):
+    draw = sampler(store, 50).draw(7)
+    for a, b in zip(draw, sampler(store, 50).draw(7), strict=True):
         np.testing.assert_array_equal(a, b)
     for seed, step in ((0, 8), (1, 7)):
-        assert (sampler(store, 50, seed).plan(step).first_timesteps != plan.first_timesteps).any()
+        assert (sampler(store, 50, seed).draw(step).first_timesteps != draw.first_timesteps).any()
     fixed = sampler(store, 50, sampling="fixed")
     for a, b in zip(jax.tree.leaves(fixed.batch(1)), jax.tree.leaves(fixed.batch(9)), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -138,6 +138,6 @@ def test_segments_longer_than_an_eligible_episode_are_rejected(store: EpisodeSto
         sampler(store, segment_steps=5)
     best = int(np.argmax(store.returns(TASK)))  # the only eligible episode
     alone = {"trajectories": 1, "best_fraction": 0.1}
-    assert sampler(store, segment_steps=LENGTHS[best], **alone).plan(0).first_timesteps.tolist() == [[0]] * 4
+    assert sampler(store, segment_steps=LENGTHS[best], **alone).draw(0).first_timesteps.tolist() == [[0]] * 4
     with pytest.raises(UserError, match="segment_steps: 10 is longer"):
         sampler(store, segment_steps=10, **alone)

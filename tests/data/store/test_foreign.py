@@ -104,7 +104,7 @@ def test_large_rewards_are_scaled_to_order_one(store: EpisodeStore) -> None:
 
 
 def test_zero_rewards_are_not_scaled(tmp_path: Path) -> None:
-    with create_store(tmp_path / "zero.h5", ARM, ARM.tasks, [2], source="x") as writer:
+    with create_store(tmp_path / "zero.h5", ARM, ARM.tasks, [2], source=Provenance("x")) as writer:
         rows = {key: np.zeros((3, column.width), column.dtype) for key, column in recorded_arrays(ARM).items()}
         writer.append(rows | {reward_key(TASK): np.zeros(3, np.float32)})
     scale = Normalisation.of(EpisodeStore(tmp_path / "zero.h5"))

@@ -48,7 +48,7 @@ def test_a_written_store_is_read_unchanged(domain, lengths, seed, write_store, r
 
 def test_description(store):
     assert (store.observation_size, store.action_size) == (5, 1)
-    assert store.source == "made/up.zip"
+    assert store.provenance.source == "made/up.zip"
     assert store.provenance.created_by.startswith("ringrl ")
     assert store.recorded_task is None
     assert len(store.fingerprint) == 64

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ringrl.data.store import EpisodeStore
+from ringrl.data.store import EpisodeStore, Provenance
 from ringrl.data.store.format import recorded_arrays, reward_key
 from ringrl.data.store.summary import describe
 from ringrl.data.store.writer import create_store
@@ -14,7 +14,7 @@ from ringrl.envs import DOMAINS
 def store_with_returns(path: Path, returns: list[float]) -> EpisodeStore:
     """Write a jaco store of 10-step episodes with the given returns for every task."""
     domain = DOMAINS["jaco"]
-    with create_store(path, "jaco", domain.tasks, [10] * len(returns), source="jaco/rnd.zip") as writer:
+    with create_store(path, domain, domain.tasks, [10] * len(returns), source=Provenance("jaco/rnd.zip")) as writer:
         for value in returns:
             columns = recorded_arrays(domain).items()
             episode = {key: np.zeros((11, column.width), column.dtype) for key, column in columns}
@@ -47,7 +47,9 @@ def test_equal_returns_are_one_bar(tmp_path):
 
 
 def test_an_unknown_recorded_task_is_reported(tmp_path, store):
-    with create_store(tmp_path / "a.h5", "jaco", DOMAINS["jaco"].tasks, store.lengths, source="x") as writer:
+    with create_store(
+        tmp_path / "a.h5", store.facts, store.facts.tasks, store.lengths, source=Provenance("x")
+    ) as writer:
         for i in range(5):
             writer.append(store.episode(i))
     assert "no single task" in describe(EpisodeStore(tmp_path / "a.h5"))
@@ -55,7 +57,9 @@ def test_an_unknown_recorded_task_is_reported(tmp_path, store):
 
 def test_terminal_escapes_are_printed_as_text(tmp_path, store):
     hostile = dataclasses.replace(store.provenance, source="\x1b]0;owned\x07\n", subset="\x1b[2J")
-    with create_store(tmp_path / "b.h5", "jaco", store.tasks, store.lengths, source=hostile) as writer:
+    with create_store(
+        tmp_path / "b.h5", DOMAINS["jaco"], store.tasks, store.lengths, source=Provenance(hostile)
+    ) as writer:
         for index in range(store.num_episodes):
             writer.append(store.episode(index))
     text = describe(EpisodeStore(tmp_path / "b.h5"))

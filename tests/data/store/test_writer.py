@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ringrl.data.store import EpisodeStore
+from ringrl.data.store import EpisodeStore, Provenance
 from ringrl.data.store.writer import create_store
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
@@ -26,7 +26,7 @@ def test_an_existing_store_is_kept_unless_overwritten(store, episodes, write_sto
 @pytest.mark.parametrize("failure", [RuntimeError("x"), KeyboardInterrupt()])
 def test_failure_leaves_nothing_behind(tmp_path, episodes, failure):
     def fail() -> None:
-        with create_store(tmp_path / "a.h5", "cartpole", [], [50, 7], source="") as writer:
+        with create_store(tmp_path / "a.h5", DOMAINS["cartpole"], [], [50, 7], source=Provenance("")) as writer:
             writer.append(episodes[0])
             raise failure
 
@@ -38,12 +38,12 @@ def test_failure_leaves_nothing_behind(tmp_path, episodes, failure):
 def test_announced_lengths_are_kept(tmp_path, episodes):
     with (
         pytest.raises(ValueError, match="1 of 2 announced"),
-        create_store(tmp_path / "a.h5", "cartpole", [], [50, 7], source="") as writer,
+        create_store(tmp_path / "a.h5", DOMAINS["cartpole"], [], [50, 7], source=Provenance("")) as writer,
     ):
         writer.append(episodes[0])
     with (
         pytest.raises(ValueError, match=r"observation is float32 \(51, 5\), the store expects float32 \(50, 5\)"),
-        create_store(tmp_path / "a.h5", "cartpole", [], [49], source="") as writer,
+        create_store(tmp_path / "a.h5", DOMAINS["cartpole"], [], [49], source=Provenance("")) as writer,
     ):
         writer.append(episodes[0])
     assert names(tmp_path) == []
@@ -53,7 +53,9 @@ def test_an_unreadable_store_does_not_replace_another(store, episodes):
     """The reader rejects texts of more than 64 KB."""
     with (
         pytest.raises(UserError, match=r"cartpole\.h5: its provenance is longer than 65,536 characters"),
-        create_store(store.path, "cartpole", [], [50], source="x" * 70_000, overwrite=True) as writer,
+        create_store(
+            store.path, DOMAINS["cartpole"], [], [50], source=Provenance("x" * 70_000), overwrite=True
+        ) as writer,
     ):
         writer.append(episodes[0])
     assert EpisodeStore(store.path).num_episodes == 3
@@ -62,11 +64,11 @@ def test_an_unreadable_store_does_not_replace_another(store, episodes):
 
 def test_two_writers_of_one_store(tmp_path, episodes, write_store):
     path, tasks = tmp_path / "a.h5", DOMAINS["cartpole"].tasks
-    with create_store(path, "cartpole", tasks, [50], source="first") as writer:
+    with create_store(path, DOMAINS["cartpole"], tasks, [50], source=Provenance("first")) as writer:
         with pytest.raises(UserError, match="another process is writing it"):
             write_store(path, "cartpole", episodes)
         writer.append(episodes[0])
-    assert EpisodeStore(path).source == "first"
+    assert EpisodeStore(path).provenance.source == "first"
 
 
 def test_files_of_a_killed_writer_are_replaced(tmp_path, episodes, write_store):
@@ -98,7 +100,7 @@ SMALL_DISK = """
     if limit_before:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_before, resource.RLIM_INFINITY))
     try:
-        with create_store(folder / "a.h5", "walker", [], [1000] * 20, source="") as writer:
+        with create_store(folder / "a.h5", DOMAINS["walker"], [], [1000] * 20, source=Provenance("")) as writer:
             for i in range(20):
                 writer.append(episode)
                 if i == 9 and limit_between:
