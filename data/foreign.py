@@ -38,15 +38,6 @@ class Steps(NamedTuple):
     is_terminated: bool
 
 
-def stored_domain(name: str, where: object, actions: Actions, lengths: Sequence[int], **others: Any) -> StoredDomain:
-    """Return the facts about a dataset (others: see `ForeignFacts`). UserError, naming `where`, if they contradict."""
-    try:
-        facts = ForeignFacts(name=name, physics_size=0, episode_length=max(lengths), **actions._asdict(), **others)
-    except pydantic.ValidationError as error:
-        raise UserError(f"{where}: cannot be a store ({one_line(error)})") from error
-    return StoredDomain.of(facts)
-
-
 def _as_episode(domain: ForeignDomain, steps: Steps, where: str) -> Episode:
     """Return the arrays of an episode in a store. UserError for a wrong action, or a return too large for float32."""
     if domain.is_discrete:
@@ -78,7 +69,7 @@ def _as_episode(domain: ForeignDomain, steps: Steps, where: str) -> Episode:
 
 def write_steps(
     path: Path,
-    domain: StoredDomain,
+    facts: dict[str, Any],
     episodes: Iterable[Steps],
     lengths: Sequence[int],
     source: Provenance,
@@ -87,7 +78,14 @@ def write_steps(
     overwrite: bool,
     progress: Progress,
 ) -> EpisodeStore:
-    """Write episodes of the given lengths to a new store and open it. Errors about actions name `where`."""
+    """Write episodes of the given lengths to a new store and open it. UserError, naming `where`, if they do not fit.
+
+    The facts are those of `ForeignFacts` except for physics_size and episode_length.
+    """
+    try:
+        domain = StoredDomain.of(ForeignFacts(physics_size=0, episode_length=max(lengths), **facts))
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where}: cannot be a store ({one_line(error)})") from error
     with create_store(path, domain, domain.tasks, lengths, source=source, overwrite=overwrite) as writer:
         (writer.recorded_task,) = domain.tasks
         for index, steps in enumerate(episodes):
@@ -127,9 +125,9 @@ def write_episodes(
     steps = [_steps(episode, f"{source}, episode {index}") for index, episode in enumerate(episodes)]
     if not steps:
         raise UserError(f"{source}: has no episodes")
-    domain = _domain(environment, path, steps, source, reference_returns)
+    facts = _facts(environment, path, steps, source) | {"reference_returns": reference_returns}
     lengths, made = [len(one.reward) for one in steps], Provenance(source, relabelling="recorded")
-    return write_steps(path, domain, steps, lengths, made, source, overwrite=overwrite, progress=progress)
+    return write_steps(path, facts, steps, lengths, made, source, overwrite=overwrite, progress=progress)
 
 
 def import_episodes(
@@ -205,13 +203,7 @@ def _steps(episode: Mapping[str, Any], where: str) -> Steps:
         raise UserError(f"{where}: {error}") from error
 
 
-def _domain(
-    environment: str | None,
-    path: Path,
-    steps: Sequence[Steps],
-    source: str,
-    reference_returns: tuple[float, float] | None,
-) -> StoredDomain:
+def _facts(environment: str | None, path: Path, steps: Sequence[Steps], source: str) -> dict[str, Any]:
     """Return the facts about the episodes, with the action space of the environment, or [-1, 1]."""
     sizes = {(one.observation.shape[1], one.action.shape[1]) for one in steps}
     if len(sizes) > 1:
@@ -235,15 +227,8 @@ def _domain(
                 f"{source}: observations and actions have {observation_size} and {action_size} numbers, those of "
                 f"{environment} have {made.observation_size} and {columns}: name the environment of the data"
             )
-    return stored_domain(
-        name,
-        source,
-        actions,
-        [len(one.reward) for one in steps],
-        observation_size=observation_size,
-        num_terminated=sum(one.is_terminated for one in steps),
-        reference_returns=reference_returns,
-    )
+    terminated = sum(one.is_terminated for one in steps)
+    return {"name": name, "observation_size": observation_size, "num_terminated": terminated, **actions._asdict()}
 
 
 def _numbered(folder: Path) -> list[Path]:

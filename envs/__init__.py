@@ -8,7 +8,6 @@ from ringrl.envs.environment import ExoRLEnv, make
 from ringrl.envs.foreign import (
     ForeignEnv,
     actions_of,
-    check_foreign,
     d4rl_returns,
     foreign_domain,
     foreign_spec,
@@ -16,6 +15,7 @@ from ringrl.envs.foreign import (
     import_environments,
     is_foreign,
     native_actions,
+    parse_foreign,
 )
 from ringrl.envs.registry import DOMAINS, TASKS, domain_named, domain_of, load_simulation, register_gymnasium
 from ringrl.envs.simulation import Simulation, check_mujoco
@@ -23,9 +23,9 @@ from ringrl.envs.vector import STEP_TIMEOUT, ExoRLVectorEnv, ForeignVectorEnv, m
 
 __all__ = [
     "DOMAINS", "STEP_TIMEOUT", "TASKS", "Actions", "Camera", "Domain", "ExoRLEnv", "ExoRLVectorEnv", "ForeignDomain",
-    "ForeignEnv", "ForeignVectorEnv", "Simulation", "actions_of", "check_foreign", "d4rl_returns",
+    "ForeignEnv", "ForeignVectorEnv", "Simulation", "actions_of", "d4rl_returns",
     "domain_named", "domain_of", "foreign_domain", "foreign_spec", "foreign_task", "import_environments",
-    "is_foreign", "load_simulation", "make", "make_vec", "native_actions", "register_gymnasium",
+    "is_foreign", "load_simulation", "make", "make_vec", "native_actions", "parse_foreign", "register_gymnasium",
 ]  # fmt: skip
 
 

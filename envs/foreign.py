@@ -47,13 +47,8 @@ def foreign_task(identifier: str, arguments: Mapping[str, Any] | None = None) ->
     identifier = identifier.removeprefix(PREFIX)
     written = ",".join(f"{key}={value!r}" for key, value in sorted((arguments or {}).items()))
     task = f"{PREFIX}{identifier}({written})" if written else f"{PREFIX}{identifier}"
-    check_foreign(task)
+    parse_foreign(task)
     return task
-
-
-def check_foreign(task: str) -> None:
-    """Raise UserError unless a name is that of a Gymnasium environment, installed or not."""
-    _parse(task)
 
 
 def import_environments(module: str) -> None:
@@ -69,7 +64,7 @@ def import_environments(module: str) -> None:
 
 def foreign_spec(task: str) -> gymnasium.envs.registration.EnvSpec | None:
     """Return Gymnasium's specification of an environment; None if it is not installed, or cannot be written as JSON."""
-    identifier, arguments = _parse(task)
+    identifier, arguments = parse_foreign(task)
     if identifier not in gymnasium.registry or callable(gymnasium.spec(identifier).entry_point):
         return None
     spec = copy.deepcopy(gymnasium.spec(identifier))
@@ -80,7 +75,7 @@ def foreign_spec(task: str) -> gymnasium.envs.registration.EnvSpec | None:
 
 def d4rl_returns(task: str) -> tuple[float, float] | tuple[None, None]:
     """Return the mean returns of random actions and of an expert in D4RL; None for environments that D4RL lacks."""
-    identifier, arguments = _parse(task)
+    identifier, arguments = parse_foreign(task)
     return (None, None) if arguments else _D4RL.get(re.sub(r"-v\d+$", "", identifier), (None, None))
 
 
@@ -117,7 +112,7 @@ class ForeignEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def __init__(self, task: str, seed: int | None = None, render_mode: str | None = None) -> None:
         self.task, self._seed = task, seed
-        identifier, arguments = _parse(task)
+        identifier, arguments = parse_foreign(task)
         self._environment = _made(task, identifier, arguments, render_mode)
         limit = self._environment.spec.max_episode_steps if self._environment.spec else None
         if limit is None:
@@ -178,8 +173,8 @@ def native_actions(
     return np.clip(taken, space.low, space.high).astype(space.dtype)
 
 
-def _parse(task: str) -> tuple[str, dict[str, Any]]:
-    """Return the id and the arguments of an environment."""
+def parse_foreign(task: str) -> tuple[str, dict[str, Any]]:
+    """Return the id and the arguments of an environment, installed or not. UserError for another name."""
     match = _NAME.fullmatch(task)
     expected = 'write it like "gymnasium:Hopper-v5" or "gymnasium:Hopper-v5(max_episode_steps=500)"'
     if match is None:

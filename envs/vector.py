@@ -126,17 +126,19 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ) -> tuple[_Observations, Float64[np.ndarray, " environments"], _Flags, _Flags, dict[str, Any]]:
         """Hold an action, clipped to [-1, 1], in each environment for one control timestep.
 
-        Raises:
-            UserError: the actions have another shape than the action space, or are not finite.
-            gymnasium.error.ResetNeeded: an environment's episode has not been started, or has ended.
-            gymnasium.error.ClosedEnvironmentError: after `close`.
+        Errors are those of `ExoRLEnv.step`, except for unstable simulations, and ClosedEnvironmentError after `close`.
         """
         self._check_open()
         if (self._steps >= self.domain.episode_length).any():
             raise gymnasium.error.ResetNeeded(f"{self.task}: call reset() before the first step of an episode")
         actions = self._checked(actions)
         simulation = self._simulation
-        self._advance(simulation.controls(actions))
+        controls = simulation.controls(actions)
+
+        def advance(index: int) -> None:
+            simulation.advance(self._datas[index], controls[index])  # MuJoCo releases the GIL
+
+        _share(self._pool, self._helpers, np.flatnonzero(~self._unstable), advance)
         self._steps += 1
         self._stacked.renew()
         self._unstable = np.any(np.concatenate(self._warnings), axis=1)  # a warning stays until the reset
@@ -150,14 +152,6 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """End the threads."""
         if self._pool is not None:
             self._pool.shutdown()
-
-    def _advance(self, controls: Float64[np.ndarray, "environments action"]) -> None:
-        """Advance all stable environments."""
-
-        def advance(index: int) -> None:
-            self._simulation.advance(self._datas[index], controls[index])  # MuJoCo releases the GIL
-
-        _share(self._pool, self._helpers, np.flatnonzero(~self._unstable), advance)
 
     def _observe(self, fresh: _Flags) -> tuple[_Observations, dict[str, Any]]:
         observations = self._simulation.read_observation(self._stacked)
@@ -283,13 +277,10 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
 
 class _Crew:
-    """Threads that work on environments. New threads in every step would double the time of HalfCheetah's steps.
+    """Threads that work on environments, each piece of work for at most `timeout` seconds.
 
-    The process can end although a thread hangs.
-
-    Args:
-        size: number of threads. A thread that hangs is replaced.
-        timeout: seconds that each piece of work may take.
+    A thread that hangs is replaced, and the process can end although a thread hangs. New threads in every step would
+    double the time of HalfCheetah's steps.
     """
 
     def __init__(self, size: int, timeout: float) -> None:

@@ -134,11 +134,7 @@ def _finished_before(destination: Path, selected: Selection) -> EpisodeStore | N
 
 
 def _import_episodes(selected: Selection, writer: StoreWriter, progress: Progress) -> str | None:
-    """Write every episode. Return the task whose rewards were recorded.
-
-    None: no task or several fit, the task is not imported, or rewards of all tasks were recorded. UserError for a
-    damaged episode, or one that is in two archives.
-    """
+    """Write every episode. Return the task whose rewards were recorded; None if none, several or another one fits."""
     domain, given = selected.domain, selected.tasks
     # Another task of the domain may have the same rewards, whether it is imported or not.
     others = () if domain.records_all_tasks else tuple(task for task in domain.tasks if task not in given)

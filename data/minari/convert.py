@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 
 from ringrl import __version__
-from ringrl.data.foreign import stored_domain, write_steps
+from ringrl.data.foreign import write_steps
 from ringrl.data.minari.reader import (
     REFERENCES,
     ActionSpace,
@@ -59,11 +59,10 @@ def import_minari(
     """
     minari_module()
     with MinariEpisodes(locate(dataset)) as episodes:
-        domain = _domain(episodes, environment, reference_returns)
         source = f"Minari ({episodes.metadata['dataset_id']})"
         return write_steps(
             Path(destination),
-            domain,
+            _facts(episodes, environment, reference_returns),
             map(episodes.read, range(len(episodes.lengths))),
             episodes.lengths,
             Provenance(source, source_bytes=episodes.size, relabelling="recorded"),
@@ -73,29 +72,25 @@ def import_minari(
         )
 
 
-def _domain(
+def _facts(
     episodes: MinariEpisodes, environment: str | None, reference_returns: tuple[float, float] | None
-) -> StoredDomain:
+) -> dict[str, Any]:
     """Return the facts about a dataset from another source."""
     actions = actions_of(episodes.action, episodes.folder)
     observation_size = sum(math.prod(shape) for _, shape in episodes.observation)
     made = foreign_domain(environment) if environment else None
     if made and (observation_size, actions) != (made.observation_size, made.actions):
         raise UserError(f"{episodes.folder}: has other observations or actions than {environment}")
-    name = environment or episodes.environment() or episodes.metadata["dataset_id"]
-    return stored_domain(
-        name,
-        episodes.folder,
-        actions,
-        episodes.lengths,
-        observation_size=observation_size,
-        observation={
+    return actions._asdict() | {
+        "name": environment or episodes.environment() or episodes.metadata["dataset_id"],
+        "observation_size": observation_size,
+        "observation": {
             name.removeprefix("observations/"): math.prod(shape) for name, shape in episodes.observation if "/" in name
         },
-        minari={name: text for name, text in episodes.texts().items() if not (environment and name == "env_spec")},
-        num_terminated=episodes.num_terminated,
-        reference_returns=reference_returns or episodes.reference_returns(),
-    )
+        "minari": {name: text for name, text in episodes.texts().items() if not (environment and name == "env_spec")},
+        "num_terminated": episodes.num_terminated,
+        "reference_returns": reference_returns or episodes.reference_returns(),
+    }
 
 
 def export_minari(store: EpisodeStore, name: str, *, task: str | None = None, progress: Progress = no_progress) -> Path:

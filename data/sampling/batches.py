@@ -1,8 +1,4 @@
-"""Batches of a run: contexts sharded over a mesh of devices, and an iterator that reads ahead in the background.
-
-Contexts are sharded over the mesh's batch axes. Their time steps, in the order of a ring's layout, are sharded over its
-sequence axis. Every process reads only the steps of its own devices, and steps that several devices share once.
-"""
+"""Batches of a run: contexts sharded over a mesh of devices, and an iterator that reads ahead in the background."""
 
 import dataclasses
 import math
@@ -42,6 +38,7 @@ class ShardedSampler:
     """A sampler's batches as global arrays: (batch, time, ...) sharded over (data and fsdp, seq).
 
     The time axis is in layout order and padded to a multiple that divides. Axes that the mesh lacks count as size one.
+    Every process reads only the steps of its own devices, and steps that several devices share once.
     """
 
     sampler: ContextSampler

@@ -74,19 +74,16 @@ class WrongPromptSampler(ContextSampler):
     def draw(self, step: int) -> ContextDraw:
         """Return the trajectories of the batch of an optimiser step."""
         right, following = super().draw(step), dict(zip(self.tasks, (*self.tasks[1:], self.task), strict=True))
-        draws = {task: _by_trajectory(self._alone(task).draw(step)) for task in self.tasks}
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        own["config"] = self.config.model_copy(update={"other_tasks": ()})
+        draws = {task: _by_trajectory(ContextSampler(**own | {"task": task}).draw(step)) for task in self.tasks}
         rows = []
-        for row, own in enumerate(zip(*_by_trajectory(right), strict=True)):
+        for row, columns in enumerate(zip(*_by_trajectory(right), strict=True)):
             other = draws[following[right.tasks[row]]]
             places = np.flatnonzero(other.episodes[row] != right.episodes[row, -1])[: self.config.trajectories - 1]
-            rows.append([np.append(theirs[row, places], ours[-1]) for theirs, ours in zip(other, own, strict=True)])
+            rows.append([np.append(theirs[row, places], ours[-1]) for theirs, ours in zip(other, columns, strict=True)])
         joined = ContextDraw(*map(np.stack, zip(*rows, strict=True)))
         return joined._replace(starts=np.pad(np.cumsum(joined.starts, axis=1), ((0, 0), (1, 0))))
-
-    def _alone(self, task: str) -> ContextSampler:
-        """Return the sampler of contexts of one task."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return ContextSampler(**values | {"task": task, "config": self.config.model_copy(update={"other_tasks": ()})})
 
 
 def _by_trajectory(draw: ContextDraw) -> ContextDraw:

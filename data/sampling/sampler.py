@@ -25,28 +25,8 @@ from ringrl.processes import available_cores
 Episodes = Int[np.ndarray, " episodes"]
 
 RETURN_RANGES = 10  # of `return_stratified`
-SUBSET = 1  # the random stream of `subset` under a seed
+SUBSET = 1  # the random stream of `eligible_episodes` under a seed
 NONE: Episodes = np.empty(0, np.int64)
-
-
-def subset(store: EpisodeStore, seed: int, max_transitions: int | None, excluded: Episodes = NONE) -> Episodes:
-    """Return whole episodes of at most `max_transitions` steps together (None: all), in the order of collection.
-
-    Episodes are taken in seed-shuffled order, so a smaller cap gives a subset of a larger one. UserError for a cap
-    below the longest episode.
-    """
-    if max_transitions is None:
-        return np.setdiff1d(np.arange(store.num_episodes), excluded)
-    longest = int(store.lengths.max())
-    if max_transitions < longest:
-        raise UserError(
-            f"context.max_transitions: {max_transitions} is less than one episode of {store.path} ({longest} steps); "
-            "raise it"
-        )
-    order = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SUBSET,))).permutation(store.num_episodes)
-    order = order[~np.isin(order, excluded)]
-    count = np.searchsorted(np.cumsum(store.lengths[order]), max_transitions, side="right")
-    return np.sort(order[:count])
 
 
 def eligible_episodes(
@@ -57,8 +37,22 @@ def eligible_episodes(
     best_fraction: float = 1.0,
     excluded: Episodes = NONE,
 ) -> Episodes:
-    """Return the best fraction of `subset` by the returns of a task, in the order of collection. Errors as there."""
-    episodes = subset(store, seed, max_transitions, excluded)
+    """Return the best fraction, by the returns of a task, of episodes of at most `max_transitions` steps together.
+
+    Whole episodes are taken in seed-shuffled order, so a smaller cap gives a subset of a larger one. The result is in
+    the order of collection. UserError for a cap below the longest episode, or a task without rewards.
+    """
+    longest = int(store.lengths.max())
+    if max_transitions is not None and max_transitions < longest:
+        raise UserError(
+            f"context.max_transitions: {max_transitions} is less than one episode of {store.path} ({longest} steps); "
+            "raise it"
+        )
+    order = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SUBSET,))).permutation(store.num_episodes)
+    order = order[~np.isin(order, excluded)]
+    if max_transitions is not None:
+        order = order[: np.searchsorted(np.cumsum(store.lengths[order]), max_transitions, side="right")]
+    episodes = np.sort(order)
     returns = store.returns(task)[episodes]
     count = max(1, round(best_fraction * len(episodes)))
     return episodes[np.sort(np.argsort(returns, kind="stable")[len(returns) - count :])]
@@ -68,11 +62,6 @@ def eligible_by_task(
     store: EpisodeStore, task: str, config: ContextConfig, seed: int, excluded: Episodes = NONE
 ) -> dict[str, Episodes]:
     """Return the `eligible_episodes` of each task of a run, with the same errors."""
-    for name in (task, *config.other_tasks):
-        if name not in store.tasks:
-            raise UserError(
-                f"{store.path}: no rewards for task {name} (domain {store.domain}). Tasks: {', '.join(store.tasks)}"
-            )
     limits = seed, config.max_transitions, config.best_fraction, excluded
     return {name: eligible_episodes(store, name, *limits) for name in (task, *config.other_tasks)}
 

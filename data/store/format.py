@@ -28,7 +28,7 @@ from jaxtyping import Int64, UInt8
 from pydantic import Field
 
 from ringrl import __version__
-from ringrl.envs import DOMAINS, Domain, ForeignDomain, check_foreign, is_foreign
+from ringrl.envs import DOMAINS, Domain, ForeignDomain, is_foreign, parse_foreign
 from ringrl.errors import UserError
 
 FORMAT = "ringrl episode store"
@@ -203,7 +203,7 @@ class ForeignFacts(pydantic.BaseModel, frozen=True, strict=True, extra="forbid")
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
         if is_foreign(self.name):
-            check_foreign(self.name)
+            parse_foreign(self.name)
         elif not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_/-]{0,199}", self.name) or self.name in DOMAINS:
             raise ValueError(f"{self.name!r} cannot name a dataset from another source; rename it")
         for low, high in zip(self.action_low, self.action_high, strict=True):

@@ -1,8 +1,4 @@
-"""The episode store: one HDF5 file per dataset, read through one memory map.
-
-HDF5 returns the offset of each array in the file (format.py lists the arrays). The array itself is a view of the mapped
-file, so that an episode costs a few slices and no copy.
-"""
+"""The reader of an episode store: views of one memory map, at the places that HDF5 knows for each array."""
 
 import hashlib
 import json
@@ -122,7 +118,7 @@ class EpisodeStore:
         """Return the relabelled episode returns of a task. UserError for a task that the store does not have."""
         if task not in self.tasks:
             raise UserError(
-                f"{self.path}: a store of {self.domain} has no rewards for {task}: choose {', '.join(self.tasks)}"
+                f"{self.path}: no rewards for task {task} (domain {self.domain}). Tasks: {', '.join(self.tasks)}"
             )
         return self._small[f"returns/{task}"]
 

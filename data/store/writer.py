@@ -1,8 +1,6 @@
-"""Writers of an episode store.
+"""The writer of an episode store. h5py creates the file with all datasets, and `os.pwrite` writes the rows.
 
-h5py creates the file with all datasets and closes it. The lengths of all episodes are known, and so is the offset of
-every row. Rows are written with `os.pwrite`: a full disk then raises an error, whereas a write through a memory map
-would end with SIGBUS.
+A full disk then raises an error, whereas a write through a memory map would end with SIGBUS.
 """
 
 import contextlib

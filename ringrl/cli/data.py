@@ -10,9 +10,7 @@ from rich.console import Console
 
 from ringrl.cli.flags import environment_task, reject_flags
 from ringrl.errors import UserError
-from ringrl.pace import Pace
-
-Report = Callable[[int, int | None], None]  # finished, in all
+from ringrl.pace import Pace, Progress
 
 
 def download(
@@ -200,21 +198,22 @@ def collect(
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[Callable[..., Report]]:
+def _bars() -> Iterator[Callable[..., Progress]]:
     """Yield a function that adds a progress bar on stderr, or without a terminal prints a line from time to time."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
     pace = Pace()
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeRemainingColumn()
     # Without a terminal, bars would leave an empty line.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
-        def add(name: str, unit: str = "episodes", scale: float = 1) -> Report:
+        def add(name: str, unit: str = "episodes", scale: float = 1) -> Progress:
             bar = progress.add_task(name, total=None, visible=False, amount="")  # visible once work begins
 
-            def report(done: int, total: int | None) -> None:
-                amount = f"{done / scale:,.0f}{f'/{total / scale:,.0f}' if total else ''} {unit}"
+            def report(done: int, total: int) -> None:
+                amount = f"{done / scale:,.0f}/{total / scale:,.0f} {unit}"
                 progress.update(bar, completed=done, total=total, visible=True, amount=amount)
                 if progress.disable and pace.is_due():
                     print(f"{name}: {amount}", file=sys.stderr, flush=True)

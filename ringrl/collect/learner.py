@@ -107,11 +107,7 @@ class Replay:
 
 
 def learn(task: str, folder: Path, *, episodes: int, seed: int, progress: Progress, width: int = 256) -> None:
-    """Record the history of a learner into `folder`/buffer.
-
-    The learner is saved after every few episodes. A call after a kill continues bit-identically. Raise UserError if the
-    saved learner or one of its episodes is damaged or missing.
-    """
+    """Record the history of a learner into `folder`/buffer. A call after a kill continues bit-identically."""
     domain = domain_of(task)
     learner = Learner(domain, seed, width=width)
     replay = Replay(domain, episodes, domain.recorded_tasks(task).index(task))

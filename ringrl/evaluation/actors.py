@@ -155,13 +155,9 @@ class SegmentActor(Actor):
 
 
 class CompiledPolicy:
-    """The compiled programs of a policy, shared by all its actors.
+    """The compiled programs of a policy with its present parameters, on the mesh that it was made for.
 
-    Each number of environments and each cache capacity has its own program.
-
-    Args:
-      policy: its parameters are used as they are now.
-      parallel: the mesh that the policy was made for.
+    All its actors share them. Each number of environments and each cache capacity has its own program.
     """
 
     def __init__(self, policy: Policy, parallel: Parallel = ONE_DEVICE) -> None:

@@ -103,9 +103,7 @@ class ProgressLines(EvaluationProgress):
 def final_table(summaries: Sequence[EvaluationSummary], data_means: Mapping[str, float]) -> Group:
     """Return one table per task: mean returns over the streams, with normalised scores in brackets.
 
-    Args:
-        summaries: evaluations, grouped by task.
-        data_means: task -> mean return of the training data. Tasks without a known mean are absent.
+    The summaries are grouped by task. `data_means` has the mean return of a task's training data if it is known.
     """
     tables = [
         _task_table(task, list(group), data_means.get(task))

@@ -24,11 +24,9 @@ from ringrl.evaluation.actors import (
     SegmentActor,
 )
 from ringrl.evaluation.records import (
-    VIDEOS,
     EvaluationRecord,
     ReferenceReturns,
-    configuration_hash,
-    evaluation_name,
+    folder_name,
     library_versions,
     recipe,
 )
@@ -138,7 +136,8 @@ class Evaluation:
     @property
     def videos(self) -> Path:
         """Return the folder of the videos."""
-        return self.results.with_suffix(VIDEOS) / evaluation_name(self.template)
+        name = f"{folder_name(self.template.task)}.{str(self.template.evaluation)[:12]}"
+        return self.results.with_suffix(".videos") / name
 
     def own(self, records: Iterable[EvaluationRecord]) -> list[EvaluationRecord]:
         """Return the records of this evaluation."""
@@ -203,7 +202,7 @@ def policy_evaluation(
         steps_trained=trained.step,
         checkpoint=str(run),
         checkpoint_hash=trained.parameter_hash,
-        configuration_hash=configuration_hash(config),
+        configuration_hash=json_digest(config.model_dump(mode="json")),
         data_fingerprint=info.data_fingerprint,
         settings=recipe(config),
         budget=budget(info, trained.steps_taken, run),

@@ -1,7 +1,4 @@
-"""Evaluation results on disk: one JSON line with a checksum per stream of episodes.
-
-A damaged or half-written line is left out and reported. Lines without a checksum, of older versions, are read too.
-"""
+"""Evaluation results on disk: one JSON line per stream of episodes, with a checksum except in older files."""
 
 import errno
 import gzip
@@ -29,7 +26,6 @@ from ringrl.training.run_folder import flat
 
 # Raised whenever the meaning of a number changes. Numbers of two protocols are never compared.
 PROTOCOL: Literal[1] = 1
-VIDEOS = ".videos"  # suffix of a folder next to a results file, with one folder per evaluation
 DATA = "data"  # method of the dataset's own episodes
 PROMPT_ONLY = ("copy", "clone")  # methods that are made of a prompt alone
 
@@ -192,11 +188,6 @@ def default_recipe() -> dict[str, str]:
     return _settings(TrainConfig(data=Path(), task="", run=Path()))
 
 
-def configuration_hash(config: TrainConfig) -> str:
-    """Return the SHA-256 of all settings."""
-    return json_digest(config.model_dump(mode="json"))
-
-
 def _settings(config: TrainConfig) -> dict[str, str]:
     values: dict[str, Any] = flat(config.model_dump(mode="json"))
     return {
@@ -210,11 +201,6 @@ def folder_name(task: str) -> str:
     """Return the name of a folder for a task. Names of Gymnasium environments may have a slash and long arguments."""
     name = task.replace("/", "_")
     return name if len(name) <= 100 else f"{name[:80]}_{json_digest(task)[:12]}"
-
-
-def evaluation_name(record: EvaluationRecord) -> str:
-    """Return the name of an evaluation's folders. Do not trust the name of a record made elsewhere as a path."""
-    return f"{folder_name(record.task)}.{str(record.evaluation)[:12]}"
 
 
 def library_versions() -> dict[str, str]:
@@ -269,10 +255,8 @@ def check_writable(path: Path) -> None:
 def read_records(paths: str | Path | Sequence[str | Path]) -> Results:
     """Read results files, and all results files in folders (see `find_results`).
 
-    A record that several files contain, for example the files of a run and of its copy, is returned once.
-
-    Raises:
-        UserError: a path does not exist, or a whole line is not a record of this protocol. The message names the line.
+    A record that several files contain, for example the files of a run and of its copy, is returned once. A damaged or
+    half-written line is left out and noted. UserError if a path does not exist, or for a whole line that is no record.
     """
     notes: list[str] = []
     sources = find_results(paths)

@@ -215,12 +215,7 @@ class _Player:
 
 
 class LiveContext:
-    """The live episodes of a batch of streams, as the policy sees them: in the units and positions of its training.
-
-    Args:
-      streams, action_size: number of streams and of numbers in an action.
-      normalisation, target_return, trajectories, prompt: as for `rollout`.
-    """
+    """The live episodes of a batch of streams, as the policy sees them: in the units and positions of its training."""
 
     def __init__(
         self,

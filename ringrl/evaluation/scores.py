@@ -21,13 +21,8 @@ def normalised_score(
 ) -> Float[np.ndarray, "..."]:
     """Return 100 * (G - G_random) / (G_reference - G_random) elementwise; see `ringrl.envs` for the constants.
 
-    Args:
-        task: full task name.
-        returns: G.
-        recorded: G_random and G_reference of the dataset, instead of the constants.
-
-    Raises:
-        UserError: the task is unknown, or its random return has not been measured.
+    G_random and G_reference of the dataset replace the constants if they are `recorded`. UserError if the task is
+    unknown, or if its random return has not been measured.
     """
     random, reference = recorded or _constants(task)
     if random is None or reference is None:

@@ -1,8 +1,4 @@
-"""What a policy is conditioned on: the target return, chosen by `--target`, and the prompt.
-
-The target return is the return-to-go at the start of every episode. A prompt is trajectories of the dataset in the
-policy's context before its first episode.
-"""
+"""What a policy is conditioned on: the target return, chosen by `--target`, and the prompt."""
 
 import math
 from dataclasses import dataclass

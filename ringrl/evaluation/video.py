@@ -1,8 +1,4 @@
-"""Videos of an evaluation: the choice of the episodes to show, and their files.
-
-This module imports neither MuJoCo nor OpenGL. `ringrl.envs.render` renders in another process, because a crash of a
-graphics driver must not end the evaluation.
-"""
+"""Videos of an evaluation: the choice of the episodes to show, and their files (see `ringrl.envs.render`)."""
 
 import os
 import pickle
@@ -92,9 +88,7 @@ def write_videos(
     an older one only when all files are whole. MUJOCO_GL selects the OpenGL library, on Linux EGL by default. Without
     videos, this only checks that rendering works.
 
-    Raises:
-        VideoError: OpenGL is missing, or a file cannot be written.
-        UserError: the task is unknown or another package's, or a package is missing.
+    VideoError if OpenGL is missing or a file cannot be written. UserError for an unknown or another package's task.
     """
     if is_foreign(task):
         raise UserError(f"{task}: is drawn by its own package; leave videos out")

@@ -1,7 +1,4 @@
-"""The report: evaluation results as one DataFrame, and the page, charts and tables made from it.
-
-`read_results` reads results into a pandas DataFrame, `tabulate` converts records, and `write_report` makes the page.
-"""
+"""The report: evaluation results as one pandas DataFrame, and the page, charts and tables made from it."""
 
 from ringrl.errors import UserError
 

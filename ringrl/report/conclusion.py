@@ -10,7 +10,7 @@ import pandas as pd
 from ringrl.evaluation.records import default_recipe
 from ringrl.evaluation.statistics import LEVEL, holm
 from ringrl.methods import METHODS
-from ringrl.report.results import CELL, RUN, is_control, settings_of_any_length
+from ringrl.report.results import CELL, RUN, UNPROMPTED, is_control, settings_of_any_length
 from ringrl.report.tables import (
     context_label,
     contrast,
@@ -37,17 +37,15 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     The longest prompt is compared with the shortest, from the same starts, and with the method's own controls of its
     length: changed prompts, and policies made of the prompt alone.
 
-    The largest difference comes first. Columns: task, method, subject, compared, before and after (interquartile
-    means), change, low, high, detectable, p, wins (the probability that a run after beats a run before), wins_low,
-    wins_high, seeds (of the smaller side), paired, and the columns that `judge` adds. NaN: a side has one seed.
+    The largest difference comes first. "before" and "after" are interquartile means, "wins" is the probability that a
+    run after beats a run before, "seeds" are those of the smaller side. NaN: a side has one seed.
     """
     runs, paired = run_scores(results), run_scores(results, "paired")
     prompts = prompt_returns(results[results["kind"] == "context"])
     curves = table[table["length"].notna()].groupby(["task", "method"])
     rows = [row for _, group in curves for row in _compare(runs, paired, group)]
     rows += [_compare_methods(runs, cell, other) for cell, other in _rivals(table)]
-    key = ["task", "method", "train_trajectories", "test_trajectories"]
-    rows += [_compare_prompts(group) for _, group in prompts.groupby(key)]
+    rows += [_compare_prompts(group) for _, group in prompts.groupby(UNPROMPTED)]
     return judge(pd.DataFrame(rows, columns=_COLUMNS))
 
 
@@ -224,19 +222,15 @@ def overfitting_warning(losses: pd.DataFrame) -> str | None:
 def settings_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
     """Return a warning if not only the context length but also settings differ along a curve; None if not."""
     rows = results[results["memory"]].merge(table.loc[table["length"].notna(), CELL], on=CELL)
-    groups = [(*key, _unlike_settings(group)) for key, group in rows.groupby(["task", "method"])]
-    unlike = [f"{method} on {task}: {', '.join(found)}" for task, method, found in groups if found]
+    usual, unlike = default_recipe(), []
+    for (task, method), group in rows.groupby(["task", "method"]):
+        last = group.groupby("train_trajectories")["settings"].last()
+        known = [usual | dict(settings_of_any_length(json.loads(settings))) for settings in last]
+        if names := [name for name in sorted(set().union(*known)) if len({one.get(name) for one in known}) > 1]:
+            unlike.append(f"{method} on {task}: {', '.join(names)}")
     if not unlike:
         return None
     return (
         f"Not only the context length differs along a curve. {'. '.join(unlike)}. These settings may explain a part of "
         "the differences."
     )
-
-
-def _unlike_settings(rows: pd.DataFrame) -> list[str]:
-    """Return the names of the settings that are not equal at all lengths."""
-    usual = default_recipe()
-    last = rows.groupby("train_trajectories")["settings"].last()
-    known = [usual | dict(settings_of_any_length(json.loads(settings))) for settings in last]
-    return [name for name in sorted(set().union(*known)) if len({one.get(name) for one in known}) > 1]

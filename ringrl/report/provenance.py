@@ -18,12 +18,12 @@ from ringrl.evaluation.records import PROTOCOL, recipe
 from ringrl.evaluation.statistics import BOOTSTRAP_SEED, RESAMPLES
 from ringrl.evaluation.target import NO_TARGET
 from ringrl.files import without_crc
+from ringrl.report.results import TRAINING
 
 POINTS = 50  # of a learning curve
 _FEW = 4  # numbers that are listed
 MEMORY = "peak_memory_bytes"  # its name in metrics.jsonl
 _LOGGED = ["step", "loss", "validation_loss", "tokens_per_second", MEMORY]
-_RUN = ["task", "method", "train_trajectories", "seed"]
 
 Fact = tuple[str, list[str]]  # a heading and its lines
 
@@ -90,9 +90,9 @@ def training_runs(results: pd.DataFrame) -> pd.DataFrame:
         if len(log):
             arrays = [log[name].to_numpy() for name in ("step", "loss", "validation_loss")]
             summaries = log["tokens_per_second"].median(), log[MEMORY].max()
-            rows[folder.resolve()] = [*row[_RUN], folder, *arrays, *summaries]
+            rows[folder.resolve()] = [*row[TRAINING], folder, *arrays, *summaries]
     own = ["folder", "steps", "losses", "held_out", "tokens_per_second", "peak_memory"]
-    return pd.DataFrame(list(rows.values()), columns=[*_RUN, *own])
+    return pd.DataFrame(list(rows.values()), columns=[*TRAINING, *own])
 
 
 def training_losses(runs: pd.DataFrame, points: int = POINTS) -> pd.DataFrame:
@@ -109,8 +109,8 @@ def training_losses(runs: pd.DataFrame, points: int = POINTS) -> pd.DataFrame:
             stretches = [part for part in np.array_split(finite, min(points, len(finite)) or 1) if len(part)]
             means = [(run["steps"][part].mean(), losses[part].mean()) for part in stretches]
             part = pd.DataFrame(means, columns=["step", "loss"], dtype=np.float64)
-            parts.append(part.assign(**run[_RUN], run=index, held_out=bool(held_out), not_finite=not_finite))
-    columns = [*_RUN, "run", "held_out", "step", "loss", "not_finite"]
+            parts.append(part.assign(**run[TRAINING], run=index, held_out=bool(held_out), not_finite=not_finite))
+    columns = [*TRAINING, "run", "held_out", "step", "loss", "not_finite"]
     found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
     return found.astype({"held_out": bool})
 

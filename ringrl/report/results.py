@@ -17,6 +17,10 @@ CELL = ["task", "method", "train_trajectories", "prompt_trajectories", "test_tra
 """Columns that name one point of a chart: a method on a task at one context length."""
 RUN = [*CELL, "seed"]
 """Columns that name one training run of a cell."""
+TRAINING = ["task", "method", "train_trajectories", "seed"]
+"""Columns that name one training run, however it was rolled out."""
+UNPROMPTED = ["task", "method", "train_trajectories", "test_trajectories"]
+"""Columns that name a cell apart from its prompt."""
 
 CONTEXT_KINDS = ("context", "prompt control")
 """Values of "kind" with a context. A prompt control is a rollout after a changed prompt, or of a baseline made of the

@@ -21,12 +21,11 @@ from ringrl.evaluation.statistics import (
     probability_of_improvement,
     rank_correlation,
 )
-from ringrl.report.results import CELL, CONTEXT_KINDS, RUN
+from ringrl.report.results import CELL, CONTEXT_KINDS, RUN, TRAINING, UNPROMPTED
 
 METRICS = ["mean", "first", "last", "best"]
 ENOUGH_RUNS = 5
 """Least number of runs for a correlation of held-out loss and return."""
-_RUN_KEY = ["task", "method", "train_trajectories", "seed"]
 RETURNS = [
     *CELL, "mean", "iqm", "low", "high", "control", "first", "last", "last_control", "best", "best_control", "score",
     "seeds", "episodes", "failed",
@@ -112,7 +111,7 @@ def recorded_runs(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     scores = run_scores(results).query("memory").reset_index(drop=True)
     found = scores.merge(cells, on=CELL).merge(recorded, on=RUN).sort_values("test_trajectories")
     found["settings"] = [default_recipe() | json.loads(settings) for settings in found["settings"]]
-    return found.drop_duplicates(_RUN_KEY, keep="last")
+    return found.drop_duplicates(TRAINING, keep="last")
 
 
 def middle(scores: pd.Series | np.ndarray) -> float:
@@ -193,8 +192,7 @@ def _place_on_curves(table: pd.DataFrame) -> pd.DataFrame:
     is_alike = table.groupby(["task", "method"])["prompt_trajectories"].transform("nunique") == 1
     on_curves = table[(table["kind"] == "context") & (is_alike | (table["prompt_trajectories"] == 0))]
     prompted = table[~is_alike & (table["prompt_trajectories"] > 0)]
-    key = ["task", "method", "train_trajectories", "test_trajectories"]
-    compared = pd.MultiIndex.from_frame(on_curves[key]).isin(pd.MultiIndex.from_frame(prompted[key]))
+    compared = pd.MultiIndex.from_frame(on_curves[UNPROMPTED]).isin(pd.MultiIndex.from_frame(prompted[UNPROMPTED]))
     on_curves = on_curves[~compared | (on_curves["train_trajectories"] == on_curves["test_trajectories"])]
     for _, group in on_curves.groupby(["task", "method"]):
         if group["train_trajectories"].is_unique:
@@ -276,10 +274,9 @@ def prompt_returns(results: pd.DataFrame) -> pd.DataFrame:
     Lengths are compared within one method, training length and rollout length. Starts that lack one of the lengths are
     left out. A start counts once, however many prompts it follows.
     """
-    group = ["task", "method", "train_trajectories", "test_trajectories"]
     rows = results[results["counts"] & results["memory"] & results["kind"].isin(CONTEXT_KINDS)]
-    several = rows.groupby(group)["prompt_trajectories"].transform("nunique")
-    lengths = rows.groupby([*group, "seed", "start"])["prompt_trajectories"].transform("nunique")
+    several = rows.groupby(UNPROMPTED)["prompt_trajectories"].transform("nunique")
+    lengths = rows.groupby([*UNPROMPTED, "seed", "start"])["prompt_trajectories"].transform("nunique")
     common = rows[(several > 1) & (lengths == several)]
     starts = common.groupby([*RUN, "run", "start"], as_index=False)["return"].mean()
     return starts.groupby([*RUN, "run"], as_index=False).agg(value=("return", "mean"))
@@ -317,7 +314,7 @@ def loss_points(results: pd.DataFrame, table: pd.DataFrame, runs: pd.DataFrame) 
     The loss is the last one up to the evaluated step, on the scale of the run's action head. Columns: task (with the
     action head if it is not the default), method, train_trajectories, seed, loss and value (return per episode).
     """
-    known = recorded_runs(results, table).merge(runs[[*_RUN_KEY, "steps", "held_out"]], on=_RUN_KEY)
+    known = recorded_runs(results, table).merge(runs[[*TRAINING, "steps", "held_out"]], on=TRAINING)
     usual, found = default_recipe()["model.action_head"], []
     for _, run in known.iterrows():
         until = np.inf if pd.isna(run["steps_trained"]) else run["steps_trained"]
@@ -325,8 +322,8 @@ def loss_points(results: pd.DataFrame, table: pd.DataFrame, runs: pd.DataFrame) 
         head = run["settings"]["model.action_head"]
         task = run["task"] if head == usual else f"{run['task']}, {head} head"
         if len(losses):
-            found.append((task, *run[_RUN_KEY[1:]], losses[-1], run["mean"]))
-    return pd.DataFrame(found, columns=[*_RUN_KEY, "loss", "value"])
+            found.append((task, *run[TRAINING[1:]], losses[-1], run["mean"]))
+    return pd.DataFrame(found, columns=[*TRAINING, "loss", "value"])
 
 
 def loss_correlations(points: pd.DataFrame) -> pd.DataFrame:

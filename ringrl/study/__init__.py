@@ -1,7 +1,4 @@
-"""The study: many runs of one plan.
-
-`read_plan` reads a plan, `ablate` trains and evaluates its cells. `ringrl.report` makes a page from the results.
-"""
+"""The study: `read_plan` reads a plan of many runs, `ablate` trains and evaluates its cells."""
 
 from ringrl.study.plan import AblationPlan, read_plan
 from ringrl.study.runner import ablate

@@ -75,11 +75,9 @@ def least_seconds(action: Callable[[], object], times: int) -> float:
 
 
 def estimates(cells: Sequence[Cell], workers: int) -> dict[str, CellCost]:
-    """Return the remaining cost of every unfinished cell, by name.
+    """Return the remaining cost of every unfinished cell of a plan, by name, if `workers` cells run at the same time.
 
-    Args:
-        cells: all cells of a plan. The time of finished cells estimates the cells that differ only in the seed.
-        workers: cells that run at the same time.
+    The time of finished cells estimates the cells that differ only in the seed.
     """
     known, waiting = defaultdict[str, list[float]](list), list[Cell]()
     for cell in cells:

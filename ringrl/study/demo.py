@@ -19,11 +19,7 @@ KEPT = 60  # the last ones, in which the scripted controller has found the goal
 
 
 def run_demo(output: Path, console: Console, command: str | None = None) -> Path:
-    """Collect episodes, import them, train and evaluate every cell of the preset "demo".
-
-    Return the folder of the results, output/runs. The same call resumes an interrupted demo. Raise UserError if
-    `output` contains other files or cannot be written.
-    """
+    """Run or resume the demo. Return its folder of results, output/runs. UserError if `output` has other files."""
     collected, store = output / "collected", output / "data.h5"
     # An unfinished collection is hidden.
     has_files = output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir())

@@ -15,11 +15,7 @@ _SHOWN = 3  # names of running cells
 class AblationProgress(Progress):
     """Context manager that shows how many cells are finished, running and failed, and the time left.
 
-    The time left is the sum of the estimates, scaled by the real seconds of the finished cells.
-
-    Args:
-      estimates: name -> seconds of each cell to be run.
-      workers: cells that run at once.
+    The time left is the sum of the `estimates` (name -> seconds), scaled by the real seconds of the finished cells.
     """
 
     def __init__(self, estimates: Mapping[str, float], workers: int, console: Console) -> None:

@@ -1,7 +1,4 @@
-"""The runner of an ablation: trains and evaluates all cells of a plan, in processes of this machine.
-
-Finished cells are skipped and interrupted ones are resumed, so the same command can be repeated at any time.
-"""
+"""The runner of an ablation: trains and evaluates all cells of a plan, in processes of this machine."""
 
 import multiprocessing
 import os

@@ -6,7 +6,7 @@ import pytest
 from ringrl.config import ActorCriticConfig
 from ringrl.data import EpisodeStore
 from ringrl.data.sampling.normalisation import Normalisation
-from ringrl.data.sampling.sampler import subset
+from ringrl.data.sampling.sampler import eligible_episodes
 from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
 
@@ -73,7 +73,7 @@ def test_the_best_fraction_keeps_the_best_episodes(store: EpisodeStore) -> None:
 def test_steps_come_from_the_selected_episodes(jaco_store: EpisodeStore) -> None:
     scale = Normalisation(np.zeros(42), np.ones(42), 250)
     batch = TransitionSampler(jaco_store, JACO, ActorCriticConfig(), scale, 500, 4, max_transitions=600).batch(0)
-    used = subset(jaco_store, 4, 600)
+    used = eligible_episodes(jaco_store, JACO, 4, 600)
     assert len(used) == 2
     rows = np.concatenate([jaco_store.episode(int(i))["observation"] for i in used])
     assert {row.tobytes() for row in batch.observation} <= {row.tobytes() for row in rows}
@@ -90,5 +90,5 @@ def test_a_batch_depends_on_seed_and_step_only(jaco_store: EpisodeStore) -> None
 
 
 def test_a_task_without_rewards_is_rejected(store: EpisodeStore) -> None:
-    with pytest.raises(UserError, match="no rewards for walker_walk"):
+    with pytest.raises(UserError, match="no rewards for task walker_walk"):
         sampler(store, "walker_walk")

@@ -9,8 +9,8 @@ import yaml
 
 from ringrl.config import TrainConfig
 from ringrl.config_files import to_yaml
-from ringrl.evaluation.records import append_records, configuration_hash, recipe
-from ringrl.files import with_crc, without_crc
+from ringrl.evaluation.records import append_records, recipe
+from ringrl.files import json_digest, with_crc, without_crc
 from ringrl.report.provenance import MEMORY, POINTS, facts, training_losses, training_runs
 from ringrl.report.results import read_results
 
@@ -85,7 +85,11 @@ def test_two_studies_with_the_same_names_keep_their_own_runs(make_rollouts, tmp_
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(to_yaml(config))
         (run / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {layers}.0}}\n')
-        known = {"checkpoint": str(run), "settings": recipe(config), "configuration_hash": configuration_hash(config)}
+        known = {
+            "checkpoint": str(run),
+            "settings": recipe(config),
+            "configuration_hash": json_digest(config.model_dump(mode="json")),
+        }
         append_records(run / "evaluation.jsonl", make_rollouts(2, 0, 1.0, **known))
     for moved in (False, True):
         root = (tmp_path / "all").rename(tmp_path / "moved") if moved else tmp_path / "all"

@@ -7,7 +7,7 @@ import pytest
 
 from ringrl.config import ContextConfig, TrainConfig
 from ringrl.data.sampling.normalisation import Normalisation
-from ringrl.data.sampling.sampler import ContextSampler, subset
+from ringrl.data.sampling.sampler import ContextSampler, eligible_episodes
 from ringrl.data.store import EpisodeStore
 from ringrl.errors import UserError
 
@@ -81,7 +81,7 @@ def test_each_task_keeps_its_own_best_episodes(store: EpisodeStore) -> None:
     }
     limited = sampler(store, other_tasks=TASKS[1:], max_transitions=4 * LENGTH, best_fraction=0.75)
     first, second = limited.eligible.values()
-    shared = subset(store, 0, 4 * LENGTH)
+    shared = eligible_episodes(store, TASKS[0], 0, 4 * LENGTH)
     assert (first.tolist(), second.tolist()) == (shared[1:].tolist(), shared[:-1].tolist())
 
 

@@ -84,7 +84,7 @@ def test_episode_out_of_range(store, index):
 
 
 def test_reward_of_another_domains_task(store):
-    with pytest.raises(UserError, match=r"a store of cartpole has no rewards for walker_walk: choose cartpole_balance"):
+    with pytest.raises(UserError, match=r"no rewards for task walker_walk .domain cartpole.. Tasks: cartpole_balance"):
         store.returns("walker_walk")
 
 

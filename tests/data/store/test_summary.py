@@ -57,9 +57,7 @@ def test_an_unknown_recorded_task_is_reported(tmp_path, store):
 
 def test_terminal_escapes_are_printed_as_text(tmp_path, store):
     hostile = dataclasses.replace(store.provenance, source="\x1b]0;owned\x07\n", subset="\x1b[2J")
-    with create_store(
-        tmp_path / "b.h5", DOMAINS["jaco"], store.tasks, store.lengths, source=Provenance(hostile)
-    ) as writer:
+    with create_store(tmp_path / "b.h5", DOMAINS["jaco"], store.tasks, store.lengths, source=hostile) as writer:
         for index in range(store.num_episodes):
             writer.append(store.episode(index))
     text = describe(EpisodeStore(tmp_path / "b.h5"))

@@ -89,7 +89,7 @@ SMALL_DISK = """
     import resource, sys
     from pathlib import Path
     import numpy as np
-    from ringrl.data.store.format import recorded_arrays
+    from ringrl.data.store.format import Provenance, recorded_arrays
     from ringrl.data.store.writer import create_store
     from ringrl.envs import DOMAINS
     from ringrl.errors import UserError
