@@ -24,7 +24,7 @@ from ringrl.evaluation.rollout import EpisodeBatch, Group, rollout
 from ringrl.evaluation.scores import EvaluationSummary, summarise, write_summary
 from ringrl.evaluation.video import Clips, EpisodeStates, VideoError, VideoOptions, check_video, choose, write_videos
 
-_Episodes = dict[tuple[Part, int], EpisodeBatch]  # by part and index
+_Kept = dict[tuple[Part, int], EpisodeBatch]  # by part and index
 _MEMORIES: dict[Part, str] = {"context": "with memory", "control": "memory cleared"}
 
 
@@ -68,7 +68,7 @@ def roll_out(
     *,
     progress: EvaluationProgress | None = None,
     groups: int | None = None,
-    kept: _Episodes | None = None,
+    kept: _Kept | None = None,
 ) -> list[EvaluationRecord]:
     """Roll out an evaluation and return one record per stream, then one per control stream.
 
@@ -135,7 +135,7 @@ def _evaluate(
 
 
 def _roll_out_and_append(evaluation: Evaluation, video: VideoOptions | None, progress: EvaluationProgress) -> None:
-    episodes = _Episodes() if video else None
+    episodes = _Kept() if video else None
     records = roll_out(evaluation, progress=progress, kept=episodes)
     append_records(evaluation.results, records)
     if video and episodes is not None:
@@ -148,7 +148,7 @@ def _roll_out_and_append(evaluation: Evaluation, video: VideoOptions | None, pro
             progress.on_message(str(error))
 
 
-def _clips(records: Sequence[EvaluationRecord], episodes: _Episodes, side_by_side: bool) -> dict[str, Clips]:
+def _clips(records: Sequence[EvaluationRecord], episodes: _Kept, side_by_side: bool) -> dict[str, Clips]:
     """Return the clips of each video by its label: of the first, the median and the best episode.
 
     Side by side: the first, the middle and the last episode of the context of median mean return, each next to the
@@ -176,7 +176,7 @@ def _clips(records: Sequence[EvaluationRecord], episodes: _Episodes, side_by_sid
 
 
 def _roll_out_part(
-    evaluation: Evaluation, part: Part, groups: Sequence[Group], kept: _Episodes | None, progress: EvaluationProgress
+    evaluation: Evaluation, part: Part, groups: Sequence[Group], kept: _Kept | None, progress: EvaluationProgress
 ) -> list[EvaluationRecord]:
     """Roll out the streams or the control. Each episode of the control is a rollout of its own."""
     seeds, n = evaluation.seeds, evaluation.protocol.episodes

@@ -197,12 +197,9 @@ def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProx
     found = []
     for task, source in sources.items():
         episodes = max(part.episodes for part in plan.whole if source in part.datasets)
-        facts: dict[str, dict[str, Any]] = {
-            "random": {"episodes": episodes},
-            "data": {"data": fingerprints.get(source)},
-        }
-        for kind, own in facts.items():
-            folder, about = plan.output / folder_name(task) / kind, {"kind": kind, "task": task, **own}
+        own: dict[str, dict[str, Any]] = {"random": {"episodes": episodes}, "data": {"data": fingerprints.get(source)}}
+        for kind in own:
+            folder, about = plan.output / folder_name(task) / kind, {"kind": kind, "task": task, **own[kind]}
             found.append(Reference(folder, about, plan.datasets[source], modules=plan.environment_modules))
     return found
 
