@@ -57,21 +57,34 @@ class Protocol:
     The control repeats the same episodes, but clears the policy's memory before each one, except for the prompt. With
     the control, best-of-n is compared with best-of-n.
 
+    Attributes:
+        environments: number of streams.
+        episodes: episodes per stream.
+        seed: environment seed of the first episode.
+        target: rule for the target return (see `TargetPolicy.parse`).
+        control: also roll out the control.
+        prompt_trajectories: dataset trajectories in the context before the first episode.
+        prompt_seed: seed with which the prompt is drawn.
+        prompt_task: as a control, draws the prompt from another task of the dataset, with its rewards.
+        prompt_rewards: "zero", as a control, shows a prompt whose rewards are all zero.
+        prompt_order: "shuffled", as a control, puts the prompt's trajectories in random order.
+        step_timeout: seconds that a reset or a step of another package's environment may take before its stream ends.
+
     Raises:
         UserError: a number is too small, or a seed exceeds 2**32 - 1, or the target cannot be parsed.
     """
 
-    environments: int = 10  # number of streams
-    episodes: int = 1  # per stream
-    seed: int = FIRST_SEED  # environment seed of the first episode
-    target: str = "best"  # rule for the target return (see `TargetPolicy.parse`)
-    control: bool = False  # also roll out the control
-    prompt_trajectories: int = 0  # dataset trajectories in the context before the first episode
-    prompt_seed: int = 0  # seed with which the prompt is drawn
-    prompt_task: str | None = None  # as a control, draws the prompt from another task of the dataset, with its rewards
-    prompt_rewards: Literal["kept", "zero"] = "kept"  # "zero": as a control, all rewards of the prompt are zero
-    prompt_order: Literal["kept", "shuffled"] = "kept"  # "shuffled": as a control, trajectories in random order
-    step_timeout: float = STEP_TIMEOUT  # seconds for a reset or a step of another package's environment
+    environments: int = 10
+    episodes: int = 1
+    seed: int = FIRST_SEED
+    target: str = "best"
+    control: bool = False
+    prompt_trajectories: int = 0
+    prompt_seed: int = 0
+    prompt_task: str | None = None
+    prompt_rewards: Literal["kept", "zero"] = "kept"
+    prompt_order: Literal["kept", "shuffled"] = "kept"
+    step_timeout: float = STEP_TIMEOUT
 
     def __post_init__(self) -> None:
         least = {"environments": 1, "episodes": 1, "seed": 0, "prompt_trajectories": 0, "prompt_seed": 0}
