@@ -151,7 +151,7 @@ def test_one_line_per_failure_and_exit_code_1(monkeypatch, tmp_path, capsys):
     assert shown.err.count("RuntimeError: the driver is gone\n") == 3
     assert sum(not line["is_fine"] for line in json.loads((tmp_path / "found.json").read_text())) == 3
     machine = find_machine(str(tmp_path / "machine.yaml"))
-    assert (machine.devices, machine.device.flops, machine.measured.attention) == (4, 2e12, 0.75)
+    assert (machine.devices, machine.device.flops, machine.measured) == (4, 2e12, 0.75)
     assert machine.device.platform == "tpu"
     arguments = ["plan", "--model", "tiny", "--machine", str(tmp_path / "machine.yaml"), "--tokens", "4096"]
     main([*arguments, "--method", "formula"])

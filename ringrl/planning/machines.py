@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,15 +62,6 @@ class Rates(Section):
     """Measured speed of attention, in 10^12 operations per second. The other numbers are then measured, too."""
 
 
-class Attained(NamedTuple):
-    """Shares of a device's peak rates that a step attains."""
-
-    matrices: float
-    attention: float
-    memory: float
-    links: float
-
-
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """The devices of one run."""
@@ -81,7 +72,7 @@ class Machine:
     topology: str | None = None  # name for the TPU compiler; None: no ahead-of-time compiler
     network: float | None = None  # bytes per second and device between hosts, if slower than a link
     per_host: int = 0  # devices connected by fast links; 0: all
-    measured: Attained | None = None  # shares of measured rates; None: rates from the data sheet
+    measured: float | None = None  # measured speed of attention as a share of `flops`; None: rates from the data sheet
 
     def hop(self, ring: int) -> float:
         """Return bytes per second of the slowest hop in rings of `ring` neighbouring devices."""
@@ -162,7 +153,7 @@ def custom_machine(rates: Rates, name: str) -> Machine:
     memory, flops = rates.memory * GIB, rates.tflops * tera
     platform = {"TPU": "tpu", "cpu": "cpu"}.get(rates.device_kind[:3], "gpu")
     device = Device(rates.device_kind, platform, flops, memory, rates.bandwidth * giga, rates.link * giga)
-    measured = None if rates.attention is None else Attained(1.0, rates.attention * tera / flops, 1.0, 1.0)
+    measured = None if rates.attention is None else rates.attention * tera / flops
     return Machine(name, device, rates.devices, measured=measured)
 
 
@@ -197,7 +188,7 @@ def measure_host(machine: Machine, model: ModelConfig) -> Machine:
     matrices, attended, moved = (rate / machine.devices for rate in rates_of(devices, jnp.dtype(model.dtype), *sizes))
     # A hop reads and writes.
     device = Device("cpu", "cpu", matrices, host_memory() / machine.devices, moved, moved / 2)
-    return dataclasses.replace(machine, device=device, measured=Attained(1.0, attended / matrices, 1.0, 1.0))
+    return dataclasses.replace(machine, device=device, measured=attended / matrices)
 
 
 def host_memory() -> float:

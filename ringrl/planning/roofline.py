@@ -9,9 +9,19 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ringrl.attention.strategy import link_of
-from ringrl.planning.machines import Attained, Machine, kernel_of
+from ringrl.planning.machines import Machine, kernel_of
 from ringrl.planning.workload import Workload
 from ringrl.training.budget import forward_flops, step_flops
+
+
+class Attained(NamedTuple):
+    """Shares of a device's peak rates that a step attains."""
+
+    matrices: float
+    attention: float
+    memory: float
+    links: float
+
 
 # Assumed for accelerators; no step was timed on one.
 ATTAINED = Attained(matrices=0.7, attention=0.5, memory=0.8, links=0.8)
@@ -19,7 +29,7 @@ WITHOUT_KERNEL = 0.15  # attention in plain XLA: tiles of logits pass through me
 # Float32 rates as a share of bfloat16, for matrix products and attention. Matrix products are rounded to bfloat16 on
 # TPUs and TF32 on GPUs. Attention is exact: six products instead of one on TPUs, no tensor cores on GPUs.
 FLOAT32: Mapping[str, tuple[float, float]] = {"tpu": (1.0, 1 / 6), "gpu": (0.5, 1 / 15)}
-OF_HOST = Attained(1.0, 0.75, 1.0, 1.0)  # for the nominal host device; `ringrl plan` measures this machine
+ATTENTION_OF_HOST = 0.75  # for the nominal host device; `ringrl plan` measures this machine
 # Matrix products per pair of tiles: 2 forward; backward 3 for dq and 4 for dk and dv, or 5 in one loop.
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS, _BACKWARD_PRODUCTS_IN_ONE_LOOP = 2, 7, 5
 _ACTIVATION_TRAFFIC = 40  # reads and writes per token and feature of a layer, both passes
@@ -47,7 +57,7 @@ def attained_by(workload: Workload, machine: Machine) -> Attained:
     """Return the assumed or measured shares of the machine's rates."""
     device, model = machine.device, workload.model
     if machine.measured or device.platform == "cpu":
-        return machine.measured or OF_HOST
+        return Attained(1.0, machine.measured or ATTENTION_OF_HOST, 1.0, 1.0)
     matrices, attention = FLOAT32[device.platform] if model.dtype == "float32" else (1.0, 1.0)
     attention *= ATTAINED.attention
     if model.attention == "vanilla":  # jax.nn.dot_product_attention rounds like other products

@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from ringrl.planning.ahead_of_time import abstract_step
-from ringrl.planning.machines import Attained, Rates, custom_machine, find_machine
-from ringrl.planning.roofline import ATTAINED, WITHOUT_KERNEL, attained_by, step_time
+from ringrl.planning.machines import Rates, custom_machine, find_machine
+from ringrl.planning.roofline import ATTAINED, WITHOUT_KERNEL, Attained, attained_by, step_time
 from ringrl.planning.workload import Workload, find_model
 from ringrl.training.budget import forward_flops, step_flops
 
