@@ -23,7 +23,7 @@ BILLIONS = {
 }
 
 
-@pytest.mark.parametrize(("name", "count"), [("results", 490)])
+@pytest.mark.parametrize(("name", "count"), [("results", 530)])
 def test_plans_have_cells_with_valid_settings(name: str, count: int) -> None:
     assert len(cells(read_plan(preset(name)))) == count
 
