@@ -118,7 +118,8 @@ class EpisodeStore:
         """Return the relabelled episode returns of a task. UserError for a task that the store does not have."""
         if task not in self.tasks:
             raise UserError(
-                f"{self.path}: no rewards for task {task} (domain {self.domain}). Tasks: {', '.join(self.tasks)}"
+                f"{self.path}: no rewards for task {task} (domain {self.domain}). Tasks: {', '.join(self.tasks)}. "
+                "To add one, import the archives again with --tasks"
             )
         return self._small[f"returns/{task}"]
 

@@ -55,7 +55,9 @@ def _foreign_facts(domain: StoredDomain, episodes: int) -> dict[str, str]:
         "truncated; returns are undiscounted sums",
         "scores": "0 at a return of {:g}, 100 at {:g}".format(*domain.reference_returns)
         if domain.reference_returns
-        else "D4RL's, if it has the environment",
+        else "D4RL's, if it has the environment"
+        if is_foreign(domain.name)
+        else "unknown",
     }
 
 

@@ -55,9 +55,9 @@ def import_(
 ) -> None:
     """Import ExoRL archives, a Minari dataset or your own episodes into an episode store.
 
-    Archives (zip files or folders) are relabelled for all tasks of their domain. The same command resumes an
-    interrupted import. Other formats keep their recorded rewards and accept only the flags --environment,
-    --reference-returns, --output and --overwrite.
+    Archives (zip files or folders) are relabelled for all tasks of their domain. Other formats keep their
+    recorded rewards and accept only the flags --environment, --reference-returns, --output and --overwrite. An
+    interrupted import leaves no store: run the same command again.
 
     Args:
         archives: zip files or folders of one domain with buffer/episode_{index}_{length}.npz. With another --format:

@@ -56,7 +56,7 @@ def evaluate(
         environments: number of streams, which are rolled out together.
         seed: first environment seed. Episode k of stream i starts from seed + i * episodes + k.
         target: target return: best (of the training data), a return in units of the task (800), a multiple of the best
-            (0.9x), or a quantile of the data's returns (q0.75); methods without a target return ignore it.
+            (0.9x), or a quantile of the training data's returns (q0.75); methods without a target return ignore it.
         prompt_trajectories: trajectories of the training data in the context before the first episode.
         prompt_seed: seed of the random draw of the prompt.
         prompt_task: draw the prompt from another task of the dataset, as a control.

@@ -55,7 +55,10 @@ def train(
         if step < steps and not EarlyStopping.saved(run, step).has_converged(settings):  # a signal stopped it
             print(f"{run}: step {step} of {steps}; next: {command_line()}{'' if is_resumed else ' --resume'}")
         else:
-            print(f"{run}; next: ringrl evaluate --checkpoint {shlex.quote(str(run))}")
+            command = ["ringrl", "evaluate", "--checkpoint", str(run)]
+            if len(settings.tasks) > 1:  # only a prompt shows the policy its task
+                command += ["--tasks", *settings.tasks, "--prompt-trajectories", "1"]
+            print(f"{run}; next: {shlex.join(command)}")
 
     if is_wanted(distributed):
         run_to_the_end(work, distributed)

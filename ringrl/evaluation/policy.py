@@ -70,7 +70,8 @@ class Player:
 
     Args:
         trained: the policy.
-        target: return to aim for: "best", a number, "0.9x" (of the best) or "q0.75" (a quantile of the data's returns).
+        target: return to aim for: "best", a number, "0.9x" (of the best) or "q0.75" (a quantile
+            of the returns of its training data).
         prompt: number of dataset trajectories that the policy sees before its first episode, or a context (1, T, ...).
         prompt_seed: seed of the random draw of the prompt.
         batch: number of environments.
@@ -95,7 +96,7 @@ class Player:
         info, config = trained.info, trained.info.config
         task = config.task if task is None else task
         count = prompt if isinstance(prompt, int) else 0
-        protocol = Protocol(batch, target=str(target), prompt_trajectories=count, prompt_seed=prompt_seed)
+        protocol = Protocol(batch, target=target, prompt_trajectories=count, prompt_seed=prompt_seed)
         goal, _, drawn, _ = target_and_prompt(trained, protocol, task, data)
         shown = prompt if isinstance(prompt, Context) else drawn
         sizes, trajectories = (batch, info.action_size), config.context.trajectories
@@ -115,7 +116,8 @@ class Player:
     def act(self, observation: ArrayLike) -> Float32[np.ndarray, "*batch action"]:
         """Return the action for an observation (batch, observation), or (observation,) for a batch of one.
 
-        Raise UserError for another shape, an unknown reward of the last action, or a longer episode than the data's.
+        Raise UserError for another shape, an unknown reward of the last action, or, in ExoRL's domains, an episode that
+        is longer than the data's.
         """
         given = np.asarray(observation, np.float32)
         shape = self._batch, self._observation_size

@@ -77,7 +77,7 @@ class Protocol:
     environments: int = 10
     episodes: int = 1
     seed: int = FIRST_SEED
-    target: str = "best"
+    target: str | float = "best"
     control: bool = False
     prompt_trajectories: int = 0
     prompt_seed: int = 0

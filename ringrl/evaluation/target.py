@@ -34,9 +34,9 @@ class TargetPolicy:
     value: float
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, target: str | float) -> Self:
         """Parse "best", "0.9x" (of the best), "q0.75" (quantile) or a return. UserError for anything else."""
-        text = text.strip().lower()
+        text = str(target).strip().lower()
         if text == "best":
             return cls("factor", 1.0)
         try:

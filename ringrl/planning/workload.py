@@ -150,8 +150,14 @@ def find_model(name: str) -> TrainConfig:
     path, shape = Path(name), SHAPES.get(name.lower())
     if (path / "config.yaml").is_file():
         path /= "config.yaml"
-    if path.suffix not in (".yaml", ".yml"):
-        path = preset("paper_350m" if shape or name.lower() == "350m" else name)
+    if shape or name.lower() == "350m":
+        path = preset("paper_350m")
+    elif path.suffix not in (".yaml", ".yml"):
+        try:
+            path = preset(name)
+        except UserError as error:
+            sizes = ", ".join(("350m", *SHAPES))
+            raise UserError(f"--model: {error}; sizes: {sizes}, or a YAML file with model: {{layers: ...}}") from error
     values = read_yaml(path)
     if shape:
         layers, width = shape
