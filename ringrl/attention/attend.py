@@ -18,7 +18,17 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ringrl.attention import kernels
-from ringrl.attention.contract import AxisName, Cotangents, Gradients, Inputs, Partial, Terms, by_head, by_token
+from ringrl.attention.contract import (
+    NO_TERMS,
+    AxisName,
+    Cotangents,
+    Gradients,
+    Inputs,
+    Partial,
+    Terms,
+    by_head,
+    by_token,
+)
 from ringrl.attention.mask import Options, Side
 
 
@@ -64,7 +74,7 @@ def attend(
     keys: Side,
     options: Options,
     exchange: Exchange,
-    terms: Terms,
+    terms: Terms = NO_TERMS,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the output (B, S, H, D) in q's dtype and the log-sum-exp (B, S, H) float32, both differentiable."""
     if options.implementation != "autodiff":
