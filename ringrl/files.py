@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ringrl.errors import UserError, brief
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 UNREADABLE = {
@@ -58,7 +61,9 @@ def write_aside(path: Path, *, alone: bool = True) -> Iterator[Path]:
     """Yield a hidden path next to `path` for a new file or folder, and rename it to `path` when the block succeeds.
 
     All content is on disk before the rename. If the block fails, the hidden file or folder is deleted. An existing file
-    is replaced, and an existing folder must be empty. A link stays. Raise OSError if the file system rejects a write.
+    is replaced, and an existing folder must be empty. If `path` is a link, the file that it leads to is written.
+
+    Raise OSError if the file system rejects a write.
 
     `alone`: no other process writes the same file at the same time. A kill then leaves one hidden file, which the next
     write replaces. Otherwise each process uses its own hidden name.
@@ -103,11 +108,11 @@ def lock(path: Path, doing: str, *, file: Path | None = None, wait: bool = False
         held.release()
 
 
-def _acquire(path: Path, doing: str, file: Path, timeout: float) -> Any:
+def _acquire(path: Path, doing: str, file: Path, timeout: float) -> "BaseFileLock":
     from filelock import FileLock, SoftFileLock, Timeout  # slow to import
 
     remedy = "wait for it"
-    held: Any = FileLock(file, timeout=timeout, thread_local=False, fallback_to_soft=False)
+    held: BaseFileLock = FileLock(file, timeout=timeout, thread_local=False, fallback_to_soft=False)
     try:
         try:
             held.acquire()

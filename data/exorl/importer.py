@@ -164,7 +164,7 @@ def _import_episodes(selected: Selection, writer: StoreWriter, progress: Progres
 
 
 def _nearest_start(tasks: Sequence[str], start: Float64[np.ndarray, " physics"]) -> str | None:
-    """Return the only task, or that of the nearest mean start (balance and swingup differ only there), or None."""
+    """Return the only task, or that of the nearest mean start, or None. Cartpole's tasks may differ only in it."""
     if len(tasks) < 2:
         return tasks[0] if tasks else None
     distances = {}

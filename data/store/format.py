@@ -146,7 +146,7 @@ class Layout:
 def content_fingerprint(
     domain: str, lengths: Int64[np.ndarray, " episode"], digests: UInt8[np.ndarray, "episode 32"]
 ) -> str:
-    """Return the sha256 over domain, lengths and recorded arrays. Relabelled rewards depend on the machine."""
+    """Return the sha256 over domain, lengths and recorded arrays. Relabelled rewards are left out: they may vary."""
     fingerprint = hashlib.sha256(json.dumps([domain, lengths.tolist()]).encode())
     fingerprint.update(np.ascontiguousarray(digests).data)
     return fingerprint.hexdigest()

@@ -1,4 +1,4 @@
-"""The reader of an episode store: views of one memory map, at the places that HDF5 knows for each array."""
+"""The reader of an episode store. Its arrays are views of one memory map, so reading an episode copies nothing."""
 
 import hashlib
 import json
@@ -117,9 +117,9 @@ class EpisodeStore:
     def returns(self, task: str) -> Float32[np.ndarray, " episode"]:
         """Return the relabelled episode returns of a task. UserError for a task that the store does not have."""
         if task not in self.tasks:
+            hint = "; import the archives again with --tasks" if task.startswith(f"{self.domain}_") else ""
             raise UserError(
-                f"{self.path}: no rewards for task {task} (domain {self.domain}). Tasks: {', '.join(self.tasks)}. "
-                "To add one, import the archives again with --tasks"
+                f"{self.path}: no rewards for task {task} (domain {self.domain}). Tasks: {', '.join(self.tasks)}{hint}"
             )
         return self._small[f"returns/{task}"]
 

@@ -46,6 +46,9 @@ def _foreign_facts(domain: StoredDomain, episodes: int) -> dict[str, str]:
         actions = f"one of {domain.action_size} choices"
     elif bounds == ["[-1, 1]"]:
         actions = "as recorded, in [-1, 1]"
+    scores = "D4RL's, if it has the environment" if is_foreign(domain.name) else "unknown"
+    if domain.reference_returns:
+        scores = "0 at a return of {:g}, 100 at {:g}".format(*domain.reference_returns)
     parts = ", ".join(f"{name} {width}" for name, width in domain.observation.items())
     return {
         **({"observation": parts} if parts else {}),
@@ -53,11 +56,7 @@ def _foreign_facts(domain: StoredDomain, episodes: int) -> dict[str, str]:
         "actions": actions,
         "ends": f"{domain.num_terminated:,} terminated (discount 0 there), {episodes - domain.num_terminated:,} "
         "truncated; returns are undiscounted sums",
-        "scores": "0 at a return of {:g}, 100 at {:g}".format(*domain.reference_returns)
-        if domain.reference_returns
-        else "D4RL's, if it has the environment"
-        if is_foreign(domain.name)
-        else "unknown",
+        "scores": scores,
     }
 
 

@@ -25,6 +25,10 @@ def _public(function: Callable[..., Any]) -> AttentionFunction:
     """Add to a function: inputs without batch axis or tokens, values of another width, sinks, errors for keywords."""
 
     signature = inspect.signature(function)
+    if "options" in signature.parameters:  # the keywords of `attention`, which help() then lists, too
+        own = {name: x for name, x in signature.parameters.items() if name != "options"}
+        shared = [x for name, x in inspect.signature(attention).parameters.items() if name not in own]
+        signature = signature.replace(parameters=[*own.values(), *shared])
 
     @functools.wraps(function)
     def call(
@@ -43,7 +47,7 @@ def _public(function: Callable[..., Any]) -> AttentionFunction:
             found = call(q[None], k[None], v[None], sinks=sinks, return_residual=return_residual, **options)
             return jax.tree.map(lambda x: x[0], found)
         arguments.check_arrays(q, k, v)
-        Keywords(**signature.bind(q, k, v, **options).arguments.get("options", {}))  # TypeError for unknown keywords
+        signature.bind(q, k, v, **options)  # TypeError for unknown keywords
         sinks = arguments.per_head("sinks", sinks, q.shape[2])
         if (slopes := options.get("alibi_slopes")) is not None:
             options["alibi_slopes"] = arguments.per_head("alibi_slopes", slopes, q.shape[2])
@@ -58,6 +62,7 @@ def _public(function: Callable[..., Any]) -> AttentionFunction:
             o, lse = with_sinks(o, lse, sinks)
         return (o, lse) if return_residual else o
 
+    call.__signature__ = signature  # type: ignore[attr-defined]
     return typed(call)
 
 

@@ -56,8 +56,10 @@ def train(
             print(f"{run}: step {step} of {steps}; next: {command_line()}{'' if is_resumed else ' --resume'}")
         else:
             command = ["ringrl", "evaluate", "--checkpoint", str(run)]
-            if len(settings.tasks) > 1:  # only a prompt shows the policy its task
-                command += ["--tasks", *settings.tasks, "--prompt-trajectories", "1"]
+            if len(settings.tasks) > 1:
+                command += ["--tasks", *settings.tasks]
+                if settings.context.trajectories > 1:  # only a prompt shows the policy its task
+                    command += ["--prompt-trajectories", "1"]
             print(f"{run}; next: {shlex.join(command)}")
 
     if is_wanted(distributed):

@@ -157,7 +157,7 @@ class ForeignRecording(Recording):
 def record_episode(
     simulation: Simulation, recipe: Recipe, parameters: ParameterVector, *, seed: int, index: int, noise_limit: float
 ) -> dict[str, np.ndarray]:
-    """Return the `rows` of a collection's episode, whose actions are noise by a share of at most `noise_limit`."""
+    """Return the `rows` of an episode of a collection. At most a share of `noise_limit` of its actions is noise."""
     domain = simulation.domain
     random = np.random.default_rng((seed, 0, index))
     recording = EpisodeRecording(simulation, start_seed(seed, index))

@@ -230,7 +230,10 @@ def tasks_like_random(results: pd.DataFrame, table: pd.DataFrame) -> list[str]:
 
 
 def normalised_scores(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Return normalised scores over all tasks, at the context lengths that every task has one curve through."""
+    """Return normalised scores over all tasks, at the context lengths that every task has one curve through.
+
+    Columns: method, length, iqm, low, high, seeds.
+    """
     runs, rows, points = run_scores(results), [], table[table["length"].notna()]
     points = points[points.groupby(["task", "method"])["curve"].transform("nunique") == 1]
     tasks = table.loc[table["length"].notna(), "task"].unique()
@@ -327,7 +330,10 @@ def loss_points(results: pd.DataFrame, table: pd.DataFrame, runs: pd.DataFrame) 
 
 
 def loss_correlations(points: pd.DataFrame) -> pd.DataFrame:
-    """Return Spearman's correlation of held-out loss and return, with intervals, for each task with enough runs."""
+    """Return Spearman's correlation of held-out loss and return, one row per task with enough runs.
+
+    Columns: task, runs, correlation, low and high (bootstrap over runs).
+    """
     rows = []
     for task, group in points.groupby("task"):
         if len(group) >= ENOUGH_RUNS:

@@ -1,28 +1,87 @@
-"""The published means are those of the published records."""
+"""The published numbers of contexts of four are those of the published records."""
 
 import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
+from ringrl.report.conclusion import LENGTH, MEMORY, verdicts
+from ringrl.report.tables import returns_table
+
 ROOT = Path(__file__).parents[2]
+METHOD = "Agentic Transformer, window of 20"
+TASKS = ["walker_walk", "walker_stand"]
 
 
-def test_the_results_are_those_of_their_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    (code,) = re.findall(r"```python\n(.*?)```", Path("docs/results_tables.md").read_text(), re.DOTALL)
-    exec(code, names := dict[str, Any]())
-    rows, lines = (
-        names["rows"].query("method == 'Agentic Transformer, window of 20'"),
-        Path("docs/results.md").read_text(),
-    )
-    for title, chosen in {
-        "context of four: first episode": "train_trajectories == 4 and memory and episode == 1",
-        "context of four: last episode": "train_trajectories == 4 and memory and episode == 4",
-        "context of four: last episode, memory cleared": "train_trajectories == 4 and not memory and episode == 4",
-        "context of one, starts of the first episodes": "train_trajectories == 1 and episode == 1",
-        "context of one, starts of the last episodes": "train_trajectories == 1 and episode == 4",
-    }.items():
-        means = rows.query(chosen).groupby("task")["return"].mean()
-        assert f"| {title} | {means['walker_walk']:.0f} | {means['walker_stand']:.0f} |\n" in lines
+@pytest.fixture(scope="module")
+def published() -> dict[str, Any]:
+    """Return the names that the code of the page of tables defines."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/results_tables.md").read_text(), re.DOTALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        exec(code, names := dict[str, Any]())
+    return names
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (ROOT / "docs/results.md").read_text()
+
+
+def test_returns_and_differences(published: dict[str, Any], page: str) -> None:
+    table = returns_table(published["results"])
+    compared = verdicts(published["results"], table)
+    table = table.set_index(["task", "method", "train_trajectories"]).sort_index()
+    four, one = ([table.loc[task, METHOD, n] for task in TASKS] for n in (4, 1))
+    rows = {
+        "context of four, all four episodes": map(_interval, four),
+        "the same, memory cleared before each episode": (f"{row['control']:.0f}" for row in four),
+        "context of one": map(_interval, one),
+        "TD3+BC": (_interval(table.loc[task, "TD3+BC"].iloc[0]) for task in TASKS),
+        "behaviour cloning, bins": (_interval(table.loc[task, "Behaviour cloning, bins"].iloc[0]) for task in TASKS),
+    }
+    chosen = {
+        LENGTH: compared["subject"] == LENGTH,
+        MEMORY: compared["subject"] == MEMORY,
+        "TD3+BC": compared["compared"].str.startswith("TD3+BC"),
+    }
+    found = {
+        name: [compared[rows & (compared["task"] == task)].iloc[0] for task in TASKS] for name, rows in chosen.items()
+    }
+    for subject, title in ((LENGTH, "four episodes - one"), ("TD3+BC", "four episodes - TD3+BC")):
+        resolvable = ", ".join(f"{row['detectable']:.0f}" for row in found[subject])
+        rows[f"{title} (resolvable: {resolvable})"] = map(_difference, found[subject])
+    rows["memory kept - cleared"] = map(_difference, found[MEMORY])
+    for title, (walk, stand) in rows.items():
+        assert f"| {title} | {walk} | {stand} |\n" in page
+
+
+def _interval(row: pd.Series) -> str:
+    return f"{row['iqm']:.0f} [{row['low']:.0f}, {row['high']:.0f}]"
+
+
+def _difference(row: pd.Series) -> str:
+    p = "p < 0.001" if row["p_holm"] < 0.001 else f"p {row['p_holm']:.3f}"
+    return f"{row['change']:+.0f} [{row['low']:+.0f}, {row['high']:+.0f}], {p}, {row['verdict']}"
+
+
+def test_episodes(published: dict[str, Any], page: str) -> None:
+    episodes, best = published["by_episode"], published["best_of_four"]
+    rows = {
+        "context of four: first episode": [episodes.loc[task, METHOD, 4, True, 1] for task in TASKS],
+        "context of four: last episode": [episodes.loc[task, METHOD, 4, True, 4] for task in TASKS],
+        "context of four: last episode, memory cleared": [episodes.loc[task, METHOD, 4, False, 4] for task in TASKS],
+        "context of one, starts of the first episodes": [episodes.loc[task, METHOD, 1, True, 1] for task in TASKS],
+        "context of one, starts of the last episodes": [episodes.loc[task, METHOD, 1, True, 4] for task in TASKS],
+        "context of four: best of four episodes": [best.loc[task, METHOD, 4, True] for task in TASKS],
+        "context of one: best of four episodes": [best.loc[task, METHOD, 1, True] for task in TASKS],
+    }
+    for title, (walk, stand) in rows.items():
+        assert f"| {title} | {walk.mean():.0f} | {stand.mean():.0f} |\n" in page
+    _, last, cleared, _, of_one, *_ = rows.values()
+    assert all((kept > reset).all() for kept, reset in zip(last, cleared, strict=True))
+    assert [(four > one).sum() for four, one in zip(last, of_one, strict=True)] == [5, 6]
+    pairs = zip(*(rows[f"context of {n}: best of four episodes"] for n in ("four", "one")), strict=True)
+    assert [(four < one).sum() for four, one in pairs] == [9, 9]

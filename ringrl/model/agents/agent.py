@@ -43,7 +43,9 @@ class Policy(nnx.Module):
     def act(
         self, previous: Context | None, current: Context, memory: Any, prefix: Any = None
     ) -> tuple[Float32[Array, "batch action"], Any]:
-        """Return the action of the next step and the new memory. `actions` returns the same for all steps.
+        """Return the action of the next step and the new memory.
+
+        `actions` returns the same action for the prefix and all steps so far.
 
         Args:
           previous: finished previous step, or None if the memory is empty (a prefix needs no previous step).

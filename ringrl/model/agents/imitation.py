@@ -59,7 +59,7 @@ class ImitationPolicy(Policy):
 
 
 class AgenticTransformer(ImitationPolicy):
-    """Agentic Transformer (Liu & Abbeel, 2305.16554): imitation with several trajectories, the best last, in context.
+    """Agentic Transformer (Liu & Abbeel, 2305.16554): imitates several trajectories, sorted by return, in one context.
 
     Decision Transformer (2106.01345) is the case of one trajectory. Algorithm Distillation (2210.14215) is the case of
     trajectories in the order of collection, without a target return.
