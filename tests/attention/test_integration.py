@@ -1,5 +1,6 @@
 """Attention inside the layers of Flax, and without the rest of RingRL."""
 
+import inspect
 import subprocess
 import sys
 from functools import partial
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from ringrl.attention import as_attention_fn, attention
+from ringrl.attention import as_attention_fn, attention, ring_attention, ring_attention_shard
 
 
 def layer(attention_fn=None, **options) -> nnx.MultiHeadAttention:
@@ -109,3 +110,13 @@ def test_runs_where_only_jax_numpy_and_jaxtyping_are_installed():
     """All other packages are hidden. The import takes 0.03 s, because it imports nothing more, above all no Pallas."""
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("function", "own"), [(ring_attention, {"mesh": None}), (ring_attention_shard, {"axis_name": "seq"})]
+)
+def test_rings_list_and_check_the_keywords_of_attention(function, own):
+    assert set(inspect.signature(attention).parameters) <= set(inspect.signature(function).parameters)
+    x = jnp.ones((1, 8, 2, 4))
+    with pytest.raises(TypeError, match=r"^got an unexpected keyword argument 'causal'$"):
+        function(x, x, x, **own, causal=True)
