@@ -113,6 +113,7 @@ _as_tuple = pydantic.BeforeValidator(
 )
 _none_from_text = pydantic.BeforeValidator(lambda value: None if value == "none" else value)
 Window = Annotated[Annotated[int, Field(ge=0)] | None, _none_from_text]
+Strategy = Literal["ring", "ulysses", "ulysses_ring", "all_gather", "auto"]
 
 
 class ModelConfig(Section):
@@ -143,10 +144,11 @@ class ModelConfig(Section):
     attention: Literal["vanilla", "memory_efficient", "blockwise", "ring"] = "ring"
     """How attention is computed; the result is the same. vanilla: all logits at once. memory_efficient: in tiles.
     blockwise: the feed-forward layer in blocks, too. ring: keys circulate between devices instead of being gathered."""
-    strategy: Literal["ring", "ulysses", "all_gather", "auto"] = "ring"
+    strategy: Strategy = "ring"
     """How attention ring gets the keys of other devices. Without effect if mesh.seq is 1. ring: keys circulate.
-    ulysses: devices exchange tokens for heads (2309.14509). all_gather: every device holds all keys. auto: chosen by
-    length, heads and link speed; `ringrl plan` prints the choice."""
+    ulysses: devices exchange tokens for heads (2309.14509). ulysses_ring: so do groups of mesh.ulysses devices, and
+    keys circulate among the groups (2405.07719). all_gather: every device holds all keys. auto: ring, ulysses or
+    all_gather, chosen by length, heads and link speed; `ringrl plan` prints the choice."""
     bidirectional: bool = False
     """Send half of the key heads around the ring in the opposite direction. Without effect if mesh.seq is 1."""
     block_tokens: int = Field(4096, ge=1)
@@ -239,7 +241,9 @@ class MeshConfig(Section):
     tensor: int = Field(1, ge=1)
     """Tensor parallelism: devices that divide the heads and the feed-forward units."""
     seq: int = Field(1, ge=1)
-    """Sequence parallelism: devices in the ring that divides each context (and the parameters)."""
+    """Sequence parallelism: devices that divide each context (and the parameters)."""
+    ulysses: int = Field(1, ge=1)
+    """Neighbouring devices of seq that form a group, for model.strategy ulysses_ring. Must divide seq."""
     layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
     """Assignment of a context's steps to the ring's devices. zigzag gives each device the same work."""
 
@@ -247,6 +251,12 @@ class MeshConfig(Section):
     def devices(self) -> int:
         """Number of devices used."""
         return self.data * self.fsdp * self.tensor * self.seq
+
+    @pydantic.model_validator(mode="after")
+    def _check_ulysses(self) -> Self:
+        if self.seq % self.ulysses:
+            raise ValueError(f"ulysses: {self.ulysses} must divide the {self.seq} devices of seq")
+        return self
 
 
 class OptimiserConfig(Section):

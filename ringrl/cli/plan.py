@@ -5,7 +5,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from ringrl.config import MeshConfig, TrainConfig
+from ringrl.config import MeshConfig, Strategy, TrainConfig
 
 
 def plan(
@@ -16,7 +16,7 @@ def plan(
     mesh: MeshConfig = MeshConfig(),
     contexts: int | None = None,
     attention: Literal["vanilla", "memory_efficient", "blockwise", "ring"] | None = None,
-    strategy: Literal["ring", "ulysses", "all_gather", "auto"] | None = None,
+    strategy: Strategy | None = None,
     remat: Literal["none", "layers", "full"] | None = None,
     block_tokens: int | None = None,
     method: Literal["best", "compiler", "formula"] = "best",

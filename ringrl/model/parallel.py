@@ -18,6 +18,7 @@ from ringrl.config import BATCH_AXES, SEQUENCE_AXIS, MeshConfig, ModelConfig, Tr
 from ringrl.errors import UserError
 
 MESH_AXES = (*BATCH_AXES, "tensor", SEQUENCE_AXIS)
+ULYSSES_AXIS = "ulysses"
 
 SPLIT: Mapping[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,  # contexts of a batch
@@ -38,11 +39,18 @@ class Parallel:
 
     mesh: Mesh | None = None
     layout: str = "zigzag"
+    ulysses: int = 1  # neighbours along "seq" that form a group, for strategy "ulysses_ring"
 
     @property
     def ring_size(self) -> int:
         """Number of devices that share a context."""
         return 1 if self.mesh is None else self.mesh.shape[SEQUENCE_AXIS]
+
+    def mesh_of_groups(self) -> Mesh:
+        """Return a mesh of the same devices whose axis "seq" is split into rings of groups ("seq", "ulysses")."""
+        assert self.mesh is not None
+        sizes = *self.mesh.devices.shape[:-1], self.ring_size // self.ulysses, self.ulysses
+        return Mesh(self.mesh.devices.reshape(sizes), (*MESH_AXES, ULYSSES_AXIS), axis_types=(AxisType.Auto,) * 5)
 
     def sharding(self, *axes: str | None) -> NamedSharding | None:
         """Return the sharding of an array with these axis names, None without a mesh. Axis None is not split."""
@@ -96,7 +104,7 @@ def parallel_over(mesh: MeshConfig, devices: Sequence[Any]) -> Parallel:
     sizes, types = tuple(getattr(mesh, axis) for axis in MESH_AXES), (AxisType.Auto,) * len(MESH_AXES)
     made = jax.make_mesh(sizes, MESH_AXES, types, devices=devices[: mesh.devices])
     ordered = ring_order(list(made.devices.flat), mesh.seq)
-    return Parallel(Mesh(np.reshape(np.array(ordered), sizes), MESH_AXES, axis_types=types), mesh.layout)
+    return Parallel(Mesh(np.reshape(np.array(ordered), sizes), MESH_AXES, axis_types=types), mesh.layout, mesh.ulysses)
 
 
 def make_ring_mesh(config: TrainConfig, mesh: MeshConfig) -> Parallel:
@@ -137,12 +145,20 @@ def _check_strategy(mesh: MeshConfig, model: ModelConfig) -> None:
     """Raise UserError if the heads on each device do not suit the transfers along "seq"."""
     heads, key_heads = model.heads // mesh.tensor, model.kv_heads // mesh.tensor
     each = "" if mesh.tensor == 1 else f" on each device (mesh.tensor {mesh.tensor})"
-    if model.strategy == "ulysses" and (heads % mesh.seq or (key_heads % mesh.seq and mesh.seq % key_heads)):
+    if (model.strategy == "ulysses_ring") != (mesh.ulysses > 1):
         raise UserError(
-            f"mesh.seq: with model.strategy ulysses, {mesh.seq} must divide the {heads} query heads{each}, and be a "
-            f"multiple or a divisor of the {key_heads} key heads; use another mesh.seq, or model.strategy ring"
+            f"mesh.ulysses: {mesh.ulysses} does not suit model.strategy {model.strategy}; use a group of 2 devices or "
+            "more for ulysses_ring, and leave it out for other strategies"
         )
-    if model.bidirectional and key_heads % 2:
+    axis, group = ("mesh.seq", mesh.seq) if model.strategy == "ulysses" else ("mesh.ulysses", mesh.ulysses)
+    if heads % group or (key_heads % group and group % key_heads):
         raise UserError(
-            f"model.bidirectional: the {key_heads} key heads{each} cannot be halved; leave it out, or use even numbers"
+            f"{axis}: with model.strategy {model.strategy}, {group} must divide the {heads} query heads{each}, and be "
+            f"a multiple or a divisor of the {key_heads} key heads; use another {axis}, or model.strategy ring"
+        )
+    circulating = max(1, key_heads // mesh.ulysses)
+    if model.bidirectional and circulating % 2:
+        raise UserError(
+            f"model.bidirectional: the {circulating} key heads{each} cannot be halved; leave it out, or use even "
+            "numbers"
         )

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 from ringrl.attention import Prefix, attention, ring_attention
 from ringrl.config import SEQUENCE_AXIS, ModelConfig
 from ringrl.model.cache import KVCache, append, as_prefix, attend, empty_cache
-from ringrl.model.parallel import ONE_DEVICE, SPLIT, Parallel, split
+from ringrl.model.parallel import ONE_DEVICE, SPLIT, ULYSSES_AXIS, Parallel, split
 from ringrl.model.tokens import TOKEN_SETS
 
 Tokens = Float[Array, "batch tokens width"]
@@ -109,10 +109,12 @@ class Attention(nnx.Module):
         positions, mask = window.position_of(place.positions), window.options(place.starts)
         if mesh is None:
             return attention(q, k, v, is_causal=True, positions=positions, **mask)
+        if self.strategy == "ulysses_ring":
+            mesh = self.parallel.mesh_of_groups()
         return ring_attention(
             q, k, v,
             mesh=mesh,
-            axis_name=SEQUENCE_AXIS,
+            axis_name=(SEQUENCE_AXIS, ULYSSES_AXIS) if self.strategy == "ulysses_ring" else SEQUENCE_AXIS,
             layout=layout,
             strategy=self.strategy,
             bidirectional=self.bidirectional,

@@ -140,25 +140,30 @@ def _exposed_hops(
     if mesh.seq == 1:
         return 0.0
     if strategy == "ulysses":
-        return _all_to_alls(workload, machine) / attained.links
+        return _all_to_alls(workload, machine, mesh.seq) / attained.links
+    exchange = _all_to_alls(workload, machine, mesh.ulysses) / attained.links if strategy == "ulysses_ring" else 0.0
     numbers = 2 * _local(workload) * model.layers * model.width * model.kv_heads / model.heads / mesh.tensor
-    rate = machine.hop(mesh.seq) if strategy == "ring" else machine.collective(mesh.seq)
-    if model.bidirectional and strategy == "ring" and machine.device.platform == "tpu":
+    is_ring = strategy in ("ring", "ulysses_ring")
+    rate = machine.hop(mesh.seq) if is_ring else machine.collective(mesh.seq)
+    if model.bidirectional and is_ring and machine.device.platform == "tpu":
         rate *= 2  # a torus has a link for each direction, a switch shares one
-    hops = (mesh.seq - 1) / (rate * attained.links)
+    hops = (mesh.seq // mesh.ulysses - 1) / (rate * attained.links)
     sends = hops * numbers * workload.itemsize, hops * numbers * (workload.itemsize + 4)
-    if strategy == "ring":
-        return forward_passes * max(0.0, sends[0] - kernels[0]) + max(0.0, sends[1] - kernels[1])
+    if is_ring:
+        return exchange + forward_passes * max(0.0, sends[0] - kernels[0]) + max(0.0, sends[1] - kernels[1])
     return forward_passes * sends[0] + sends[1]  # gathered at once, before the kernel
 
 
-def _all_to_alls(workload: Workload, machine: Machine) -> float:
-    """Return the seconds of exchanging q, k, v and the output in both passes, and again in a recomputed layer."""
+def _all_to_alls(workload: Workload, machine: Machine, group: int) -> float:
+    """Return the seconds of exchanging q, k, v and the output in both passes, and again in a recomputed layer.
+
+    `group`: number of devices that exchange heads.
+    """
     model, mesh, link = workload.model, workload.config.mesh, link_of(machine.device.device_kind)
-    vectors = 2 * model.heads / mesh.tensor + 2 * max(model.kv_heads / mesh.tensor, mesh.seq)
-    numbers = _local(workload) * model.layers * vectors * model.width / model.heads * (mesh.seq - 1) / mesh.seq
+    vectors = 2 * model.heads / mesh.tensor + 2 * max(model.kv_heads / mesh.tensor, group)
+    numbers = _local(workload) * model.layers * vectors * model.width / model.heads * (group - 1) / group
     passes = 2 if model.remat == "none" else 3
-    rate = machine.collective(mesh.seq) * (link.all_to_all if link else 1.0)
+    rate = machine.collective(group) * (link.all_to_all if link else 1.0)
     return passes * numbers * workload.itemsize / rate
 
 

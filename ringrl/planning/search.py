@@ -14,11 +14,12 @@ from ringrl.planning.workload import Workload
 def meshes(workload: Workload, devices: int) -> Iterator[Workload]:
     """Yield the workload on every mesh of `devices` devices that divides it."""
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
-    for data, fsdp, tensor in itertools.product(divisors, repeat=3):
+    groups = divisors if workload.model.strategy == "ulysses_ring" else [1]
+    for data, fsdp, tensor, ulysses in itertools.product(divisors, divisors, divisors, groups):
         seq, rest = divmod(devices, data * fsdp * tensor)
-        if rest or not seq:
+        if rest or not seq or seq % ulysses:
             continue
-        candidate = workload.with_settings("mesh", data=data, fsdp=fsdp, tensor=tensor, seq=seq)
+        candidate = workload.with_settings("mesh", data=data, fsdp=fsdp, tensor=tensor, seq=seq, ulysses=ulysses)
         try:
             candidate.check()
         except UserError:

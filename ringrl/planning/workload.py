@@ -91,8 +91,10 @@ class Workload:
     @property
     def mesh_in_words(self) -> str:
         """The mesh as text, for example fsdp 2 x seq 4."""
-        sizes = {axis: getattr(self.config.mesh, axis) for axis in MESH_AXES}
-        return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+        mesh = self.config.mesh
+        sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+        sizes["seq"] = f"{sizes['seq']} (groups of {mesh.ulysses})" if mesh.ulysses > 1 else sizes["seq"]
+        return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "one device"
 
     @cached_property
     def parameters(self) -> "Parameters":

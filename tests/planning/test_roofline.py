@@ -163,6 +163,15 @@ def test_all_to_alls_are_exposed():
         assert gathered == blockwise
 
 
+def test_groups_of_a_ring_exchange_heads_and_make_fewer_hops():
+    machine, ring = find_machine("8xh200"), seven_billion(2**17, {"seq": 8})
+    grouped = seven_billion(2**17, {"seq": 8, "ulysses": 4}, strategy="ulysses_ring")
+    within = seven_billion(2**17, {"seq": 4, "data": 2}, strategy="ulysses")  # the same numbers per device
+    within = within.with_settings("optimiser", batch_size=2).with_tokens(2**16)
+    one_hop, seven_hops = (step_time(x, machine, hops_hide=False).ring for x in (grouped, ring))
+    assert one_hop == pytest.approx(seven_hops / 7 + step_time(within, machine).ring)
+
+
 @pytest.mark.parametrize(("name", "gain"), [("tpu-v5e-256", 2), ("256xh200", 1)])
 def test_two_directions_use_both_links_of_a_torus(name, gain):
     one, two = (

@@ -1,5 +1,6 @@
 """Training on meshes of eight host devices gives the losses and parameters of one device."""
 
+import dataclasses
 import json
 import os
 import re
@@ -32,12 +33,12 @@ MODEL = ModelConfig(layers=2, width=32, heads=8, kv_heads=8, token_set="fused1",
 ALONE = [(8, 1, 1, 1), (1, 1, 1, 8)]
 THREE = [(2, 2, 2, 1), (2, 2, 1, 2), (2, 1, 2, 2), (1, 2, 2, 2)]
 FOUR = (1, 1, 2, 4)
-SIZES = ("data", "fsdp", "tensor", "seq")
+SIZES = ("data", "fsdp", "tensor", "seq", "ulysses")
 
 
 def settings(mesh: tuple[int, ...], **others: object) -> TrainConfig:
     values = {"data": "unused", "task": "unused", "run": "unused", "optimiser": {"batch_size": 8}}
-    values |= {"model": MODEL.model_dump(), "mesh": dict(zip(SIZES, mesh, strict=True))}
+    values |= {"model": MODEL.model_dump(), "mesh": dict(zip(SIZES, mesh, strict=False))}
     return TrainConfig.model_validate(values | others)
 
 
@@ -82,6 +83,9 @@ CASES = [
     (ALONE[1], {"strategy": "ulysses"}, "striped"),
     slow(THREE[2], {"strategy": "ulysses", "remat": "layers"}, "zigzag"),
     (FOUR, {"strategy": "all_gather"}, "zigzag"),
+    ((1, 1, 2, 4, 2), {"strategy": "ulysses_ring"}, "zigzag"),
+    slow((2, 1, 1, 4, 2), {"strategy": "ulysses_ring", "remat": "full"}, "striped"),
+    slow((1, 1, 1, 8, 4), {"strategy": "ulysses_ring", "bidirectional": True}, "contiguous"),
     slow(ALONE[1], {"strategy": "auto"}, "zigzag"),
     slow(FOUR, {"bidirectional": True}, "zigzag"),
 ]
@@ -89,9 +93,10 @@ CASES = [
 
 @pytest.mark.parametrize(("mesh", "changes", "layout"), CASES, ids=str)
 def test_loss_and_gradients_equal_vanilla_attention_on_one_device(mesh, changes, layout, sampler, params, expected):
-    parallel = Parallel(make_parallel(settings(mesh)).mesh, layout)
+    model = MODEL.model_copy(update=changes)
+    parallel = dataclasses.replace(make_parallel(settings(mesh, model=model.model_dump())), layout=layout)
     batch = ShardedSampler(sampler, parallel.mesh, layout).batch(0)
-    found = loss_and_gradients(MODEL.model_copy(update=changes), parallel, params, batch)
+    found = loss_and_gradients(model, parallel, params, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), found, expected)
 
 
@@ -101,6 +106,7 @@ def test_loss_and_gradients_equal_vanilla_attention_on_one_device(mesh, changes,
         ({}, 64, {"collective_permute": 1}),
         ({"bidirectional": True}, 64, {"collective_permute": 2}),
         ({"strategy": "ulysses"}, 64, {"all_to_all": 1, "collective_permute": 0}),
+        ({"strategy": "ulysses_ring"}, 64, {"all_to_all": 1, "collective_permute": 1}),
         ({"strategy": "all_gather"}, 64, {"all_to_all": 0, "collective_permute": 0, "all_gather": 1}),
         ({"strategy": "auto"}, 64, {"all_to_all": 1, "collective_permute": 0}),
         ({"strategy": "auto"}, 4096, {"all_to_all": 0, "collective_permute": 1}),
@@ -110,7 +116,8 @@ def test_loss_and_gradients_equal_vanilla_attention_on_one_device(mesh, changes,
 )
 def test_the_strategy_selects_the_transfers(changes, tokens, expected):
     """Count the kinds of transfers of one layer (for permutes: their directions) before compilation."""
-    parallel = make_parallel(settings((1, 1, 1, 8)))
+    mesh = (1, 1, 1, 8, 2) if changes.get("strategy") == "ulysses_ring" else (1, 1, 1, 8)
+    parallel = make_parallel(settings(mesh, model=MODEL.model_dump() | changes))
     made = Transformer(MODEL.model_copy(update=changes), nnx.Rngs(params=0), parallel)
     text = jax.jit(made.__call__).lower(jax.ShapeDtypeStruct((1, tokens, 32), "float32")).as_text()
     for kind, number in expected.items():
@@ -150,6 +157,14 @@ def heads(query: int, key: int, **others: object) -> dict:
             (1, 1, 1, 4),
             heads(12, 6, strategy="ulysses"),
             "multiple or a divisor of the 6 key heads; use another mesh.seq",
+        ),
+        ((1, 1, 1, 8, 2), {}, "mesh.ulysses: 2 does not suit model.strategy ring"),
+        ((1, 1, 1, 8), heads(8, 8, strategy="ulysses_ring"), "1 does not suit model.strategy ulysses_ring"),
+        ((1, 1, 2, 4, 4), heads(4, 4, strategy="ulysses_ring"), "4 must divide the 2 query heads on each"),
+        (
+            (1, 1, 1, 8, 2),
+            heads(4, 2, strategy="ulysses_ring", bidirectional=True),
+            "model.bidirectional: the 1 key heads cannot be halved",
         ),
         ((1, 1, 2, 4), heads(8, 2, bidirectional=True), "model.bidirectional: the 1 key heads on each device"),
         ((2, 1, 1, 1), {"model": {"kind": "td3_bc"}}, "td3_bc trains on one device"),
