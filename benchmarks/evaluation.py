@@ -1,11 +1,13 @@
 """Measure environment steps per second, with observations and rewards, next to dm_control and Gymnasium.
 
-    python benchmarks/evaluation.py [--num-envs 64] [--threads N] [--runs 5] [--seconds 1] [--json FILE] [task ...]
+    python benchmarks/evaluation.py [--num-envs 64] [--threads N] [--runs 5] [--seconds 1] [--peer-python PYTHON]
+        [--json FILE] [task ...]
 
 make_vec  the vector environment
 one       one dm_control environment (`make` for domains that dm_control's suite lacks)
 async     Gymnasium's AsyncVectorEnv over `make` with two workers
 physics   MuJoCo's mj_step alone, in a loop in C: a lower bound of the CPU time
+EnvPool   the same task in EnvPool 1.2, with as many environments and threads. PYTHON is an interpreter that has it.
 
 A run is an episode or `--seconds`, whichever is shorter, without the reset. The environments take turns, so that other
 work on the machine slows all of them. Rates and ratios are medians over runs. CPU times are sums over threads.
@@ -23,9 +25,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from common import one_line_errors, positive
-
-from ringrl.envs import domain_of, make, make_vec
+from common import in_process, one_line_errors, positive
 
 WORKERS = 2
 DEFAULT_TASKS = (
@@ -50,6 +50,8 @@ class Contender:
 
 def contenders(task: str, num_envs: int, threads: int | None) -> dict[str, Contender]:
     """Return the environments to compare, by name."""
+    from ringrl.envs import make, make_vec
+
     ours = make_vec(task, num_envs, seed=0, threads=threads)
     workers = gymnasium.vector.AsyncVectorEnv([partial(make, task, seed) for seed in range(WORKERS)])
     return {
@@ -63,6 +65,8 @@ def one_environment(task: str) -> Contender:
     """Return dm_control's environment of a task, or ours if its suite has none."""
     from absl import logging
     from dm_control import suite
+
+    from ringrl.envs import domain_of, make
 
     logging.set_verbosity(logging.ERROR)  # the suite's models use a deprecated attribute
 
@@ -111,8 +115,22 @@ def physics_alone(task: str, seed: int) -> float:
     return (time.thread_time() - begin) / domain.episode_length
 
 
+def envpool_run(task: str, num_envs: int, threads: int, seconds: float) -> dict[str, float] | None:
+    """Measure EnvPool in its own interpreter. None if it lacks the task."""
+    import envpool
+
+    name = "".join(word.capitalize() for word in task.split("_")) + "-v1"
+    if name not in envpool.list_all_envs():
+        return None
+    made = envpool.make_gymnasium(name, num_envs=num_envs, num_threads=threads)
+    contender = Contender(num_envs, made.reset, made.step)
+    return measure(contender, made.action_space.shape[-1], 1000, seconds)
+
+
 def compare(task: str, options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Return every run of every contender with the load of the machine, and of the physics alone."""
+    from ringrl.envs import domain_of
+
     domain = domain_of(task)
     everyone = contenders(task, options.num_envs, options.threads)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in (*everyone, "physics")}
@@ -122,6 +140,11 @@ def compare(task: str, options: argparse.Namespace) -> dict[str, list[dict[str, 
             load = os.getloadavg()[0]
             run = measure(contender, domain.action_size, domain.episode_length, options.seconds)
             runs[name].append(run | {"load": load})
+        if options.peer_python:
+            threads = options.threads or os.cpu_count()
+            given = task, options.num_envs, threads, options.seconds
+            if run := in_process(envpool_run, *given, devices=1, python=options.peer_python):
+                runs.setdefault("EnvPool", []).append(run)
     for contender in everyone.values():
         contender.close()
     return runs
@@ -137,13 +160,13 @@ def row(task: str, runs: dict[str, list[dict[str, float]]]) -> str:
         return float(np.median(values("make_vec", "rate") / values(peer, "rate")))
 
     def median(name: str, what: str) -> float:
-        return float(np.median(values(name, what)))
+        return float(np.median(values(name, what))) if name in runs else float("nan")
 
     return (
         f"{task:<31}{median('make_vec', 'rate'):>9.0f}{median('one', 'rate'):>8.0f}{ratio('one'):>7.1f}"
         f"{median('async', 'rate'):>8.0f}{ratio('async'):>7.1f}"
         f"{1e6 * median('make_vec', 'cpu'):>9.1f}{1e6 * median('one', 'cpu'):>8.1f}"
-        f"{1e6 * median('physics', 'cpu'):>8.1f}"
+        f"{1e6 * median('physics', 'cpu'):>8.1f}{1e6 * median('EnvPool', 'cpu'):>8.1f}{median('EnvPool', 'rate'):>9.0f}"
         f"{1e3 * median('make_vec', 'reset'):>10.2f}{median('make_vec', 'load'):>7.1f}"
     )
 
@@ -157,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=positive, help="threads that simulate (one per core)")
     parser.add_argument("--runs", type=positive, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="at most, per run")
+    parser.add_argument("--peer-python", help="an interpreter with EnvPool and gymnasium")
     parser.add_argument("--json", type=Path, help="also write every run to this file")
     options = parser.parse_args(arguments)
     settings = {"num_envs": options.num_envs, "threads": options.threads, "seconds": options.seconds}
@@ -166,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(
         f"{'task':<31}{'make_vec':>9}{'one':>8}{'ratio':>7}{'async':>8}{'ratio':>7}"
-        f"{'make_vec':>9}{'one':>8}{'physics':>8}{'reset ms':>10}{'load':>7}"
+        f"{'make_vec':>9}{'one':>8}{'physics':>8}{'EnvPool':>8}{'(rate)':>9}{'reset ms':>10}{'load':>7}"
     )
     measured = {}
     for task in options.tasks:

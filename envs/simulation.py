@@ -131,7 +131,8 @@ class Simulation(ABC):
 
     def step(self, action: Float[np.ndarray, " action"]) -> None:
         """Hold an action in [-1, 1] for one control timestep. dm_control's PhysicsError if this is unstable."""
-        self.advance(self.data, self.controls(action))
+        self.data.ctrl[:] = self.controls(action)
+        self.advance(self.data)
         if self._warnings.any():
             from dm_control.rl.control import PhysicsError
 
@@ -143,10 +144,9 @@ class Simulation(ABC):
         """Convert actions in [-1, 1] to the actuators' units."""
         return self._control_center + self._control_radius * action
 
-    def advance(self, data: mujoco.MjData, control: Float64[np.ndarray, " action"]) -> None:
-        """Hold controls for one control timestep. Several threads may advance different states of one model."""
+    def advance(self, data: mujoco.MjData) -> None:
+        """Hold the controls for one control timestep. Several threads may advance different states of one model."""
         mujoco, model = self.mujoco, self.model
-        data.ctrl[:] = control
         # As in dm_control, end with mj_step1, so that everything computed from positions and velocities belongs to the
         # new state, and start with mj_step2, since the last call has done the first half.
         if self._runge_kutta:
@@ -208,5 +208,6 @@ class StackedData:
         if name not in self._copies:
             if name not in self._views:  # the arrays of an MjData keep their address
                 self._views[name] = [getattr(data, name)[None] for data in self._datas]
-            self._copies[name] = np.concatenate(self._views[name])
+            views = self._views[name]
+            self._copies[name] = np.concatenate(views) if views[0].size else np.empty((len(views), 0))
         return self._copies[name]

@@ -86,11 +86,13 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Start the threads, and make the views of the states (see `Simulation`)."""
         self._stacked = StackedData(self._datas)
         self._warnings = [data.warning.number[None] for data in self._datas]
+        self._controls = [data.ctrl for data in self._datas]
         if self._helpers and not self.closed:
             self._pool = ThreadPoolExecutor(self._helpers, thread_name_prefix=f"ringrl-{self.task}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_stacked", "_warnings", "_pool")}
+        views = ("_stacked", "_warnings", "_controls", "_pool")  # made again by `_connect`
+        return {name: value for name, value in vars(self).items() if name not in views}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _pool=None)
@@ -133,10 +135,11 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise gymnasium.error.ResetNeeded(f"{self.task}: call reset() before the first step of an episode")
         actions = self._checked(actions)
         simulation = self._simulation
-        controls = simulation.controls(actions)
+        controls, datas, views = simulation.controls(actions), self._datas, self._controls
 
         def advance(index: int) -> None:
-            simulation.advance(self._datas[index], controls[index])  # MuJoCo releases the GIL
+            views[index][:] = controls[index]
+            simulation.advance(datas[index])  # MuJoCo releases the GIL
 
         _share(self._pool, self._helpers, np.flatnonzero(~self._unstable), advance)
         self._steps += 1
