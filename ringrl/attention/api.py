@@ -43,7 +43,7 @@ def _public(function: Callable[..., Any]) -> AttentionFunction:
         for name in ("mask", "bias"):
             if name in options:
                 raise _unsupported(name)
-        if q.ndim == k.ndim == v.ndim == 3:
+        if all(getattr(x, "ndim", None) == 3 for x in (q, k, v)):
             found = call(q[None], k[None], v[None], sinks=sinks, return_residual=return_residual, **options)
             return jax.tree.map(lambda x: x[0], found)
         arguments.check_arrays(q, k, v)

@@ -41,6 +41,8 @@ def check_arrays(
     """Check shapes and dtypes of queries, keys and values. A cache may have another dtype than the queries."""
     key_name, value_name = names
     for name, x in (("q", q), (key_name, k), (value_name, v)):
+        if not hasattr(x, "ndim"):
+            raise ValueError(f"{name}: expected an array, got {type(x).__name__}")
         if x.ndim != 4:
             raise ValueError(f"{name}: expected 4 axes (batch, tokens, heads, head_dim), got shape {x.shape}")
         if 0 in x.shape[2:]:
@@ -66,10 +68,20 @@ def per_head(name: str, x: jax.Array | None, heads: int) -> Float32[Array, " hea
     """Return an optional array (H,) of real numbers."""
     if x is None:
         return None
-    x = jnp.asarray(x)
+    x = _converted(name, x, jnp.asarray)
     if x.shape != (heads,) or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name}: expected {heads} real numbers, one for each head of q, got {x.dtype} {x.shape}")
     return x.astype(jnp.float32)
+
+
+def _converted(name: str, x: Any, convert: Callable[[Any], Any] = np.asarray) -> Any:
+    """Return x as an array; arrays of JAX stay. ValueError if it is none."""
+    if isinstance(x, jax.Array):
+        return x
+    try:
+        return jnp.asarray(x) if hasattr(x, "__jax_array__") else convert(x)  # a parameter of Flax may be traced
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected numbers, got {x!r}") from None
 
 
 def pad_to_same_width(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
@@ -111,14 +123,14 @@ def check_axes(
 
 def integers(name: str, x: jax.Array, batch: int, tokens: int) -> Int32[Array, "b s"]:
     """Return positions or segment ids as (B, S) int32."""
-    given = x if isinstance(x, jax.Array) else np.asarray(x)
-    if _is_known(given) and not np.can_cast(given.dtype, np.int32) and np.issubdtype(given.dtype, np.integer):
+    given = _converted(name, x)
+    if not jnp.issubdtype(given.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected integers, got {given.dtype}")
+    if _is_known(given) and not np.can_cast(given.dtype, np.int32):
         known = np.asarray(given)
         if known.size and (known.min() < -(2**31) or known.max() >= 2**31):
             raise ValueError(f"{name}: expected 32-bit integers, got {known.min()} ... {known.max()}")
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name}: expected integers, got {x.dtype}")
+    x = jnp.asarray(given)
     if x.shape not in ((tokens,), (batch, tokens)):
         raise ValueError(f"{name}: expected shape ({tokens},) or ({batch}, {tokens}), got {x.shape}")
     return jnp.broadcast_to(x.astype(jnp.int32), (batch, tokens))
@@ -142,7 +154,7 @@ class Keywords(NamedTuple):
     implementation: str | None = None
 
     def checked(self, batch: int, queries: int, keys: int, devices: int = 1) -> Self:
-        """Return them with the integers as int32 (B, S), (B, T) or (B,). ValueError for a wrong shape, dtype or number.
+        """Return them, with integers as int32 (B, S), (B, T) or (B,). ValueError for a wrong shape, dtype or number.
 
         S and T are the tokens on one of `devices`. Lengths count the tokens of all.
         """
@@ -150,7 +162,7 @@ class Keywords(NamedTuple):
             raise ValueError("segment_ids: missing; key_segment_ids needs the segments of the queries, too")
         if self.segment_ids is not None and self.key_segment_ids is None and queries != keys:
             raise ValueError(f"key_segment_ids: missing; the {keys} keys are not the {queries} queries")
-        found = dict[str, Any]()
+        found = self._checked_settings()
         for name in INTEGERS:
             x = getattr(self, name)
             tokens = keys if name.startswith("key") else queries
@@ -186,21 +198,27 @@ class Keywords(NamedTuple):
 
         A scale that is an array multiplies the queries, so that it has a gradient.
         """
-        scale, cap = self.scale, self.logits_soft_cap
-        for name, number in (("scale", scale), ("logits_soft_cap", cap)):
-            if number is not None and jnp.ndim(number):
-                raise ValueError(f"{name}: expected one number, got shape {jnp.shape(number)}")
-        if cap is not None and _is_known(cap) and not 0 < np.asarray(cap) < math.inf:
-            raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
-        if self.global_prefix is not None and self.local_window_size is None:
-            raise ValueError("global_prefix: has no effect without a window; give local_window_size, too")
+        is_causal, window, scale, cap = self._checked_settings().values()
         slopes = per_head("alibi_slopes", self.alibi_slopes, q.shape[2])
         terms = Terms(slopes, cap if isinstance(cap, jax.Array) else None)
         if isinstance(scale, jax.Array):
             q, scale = (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(q.dtype), 1.0
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        rule = Rule(self.is_causal, _window(self.local_window_size, 0 if self.global_prefix is None else -1))
-        return q, Options(rule, scale, None if cap is None or isinstance(cap, jax.Array) else float(cap)), terms
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return q, Options(Rule(is_causal, window), scale, None if isinstance(cap, jax.Array) else cap), terms
+
+    def _checked_settings(self) -> dict[str, Any]:
+        """Return the keywords that are no arrays of tokens or heads: is_causal, window, scale and cap."""
+        if not isinstance(self.is_causal, bool | np.bool_):
+            raise ValueError(f"is_causal: expected True or False, got {self.is_causal!r}")
+        scale, cap = _number("scale", self.scale), _number("logits_soft_cap", self.logits_soft_cap)
+        if isinstance(scale, float) and not math.isfinite(scale):
+            raise ValueError(f"scale: expected a finite number, got {scale}")
+        if cap is not None and _is_known(cap) and not 0 < np.asarray(cap) < math.inf:
+            raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
+        if self.global_prefix is not None and self.local_window_size is None:
+            raise ValueError("global_prefix: has no effect without a window; give local_window_size, too")
+        window = _window(self.local_window_size, 0 if self.global_prefix is None else -1)
+        return {"is_causal": bool(self.is_causal), "local_window_size": window, "scale": scale, "logits_soft_cap": cap}
 
 
 INTEGERS = Keywords._fields[:7]  # the mask depends on them
@@ -212,7 +230,7 @@ def _or_default(x: jax.Array | None, default: jax.Array, batch: int) -> jax.Arra
 
 def check_counts(name: str, counts: Any, batch: int | None, least: int, most: int, advice: str = "") -> None:
     """Check a number of tokens, or one for each context of a batch."""
-    counts = counts if isinstance(counts, jax.Array) else np.asarray(counts)
+    counts = _converted(name, counts)
     shapes = ((),) if batch is None else ((), (batch,))
     if counts.shape not in shapes or not jnp.issubdtype(counts.dtype, jnp.integer):
         expected = " or ".join(map(str, shapes))
@@ -221,6 +239,16 @@ def check_counts(name: str, counts: Any, batch: int | None, least: int, most: in
         known = np.asarray(counts)
         if not least <= known.min() <= known.max() <= most:
             raise ValueError(f"{name}: expected {least} ... {most} tokens, got {known}{advice}")
+
+
+def _number(name: str, x: Any) -> float | jax.Array | None:
+    """Return a number as float, or as an array of JAX if it is one."""
+    if x is None:
+        return None
+    x = _converted(name, x)
+    if x.shape or not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise ValueError(f"{name}: expected one number, got {x.dtype} {x.shape}")
+    return x if isinstance(x, jax.Array) else float(x)
 
 
 def _is_known(x: Any) -> bool:

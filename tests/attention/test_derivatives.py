@@ -184,7 +184,7 @@ def test_vmap_around_and_inside_a_mesh(inside):
         ({"logits_soft_cap": jnp.float32(-1)}, "logits_soft_cap: expected a finite number > 0, got -1.0"),
         ({"alibi_slopes": np.zeros(4, int)}, "alibi_slopes: expected 4 real numbers"),
         ({"alibi_slopes": np.zeros(4), "implementation": "xla"}, "implementation: 'xla' takes neither alibi_slopes"),
-        ({"logits_soft_cap": jnp.ones(2)}, r"logits_soft_cap: expected one number, got shape \(2,\)"),
+        ({"logits_soft_cap": jnp.ones(2)}, r"logits_soft_cap: expected one number, got float32 \(2,\)"),
     ],
 )
 def test_bad_arguments(keywords, message):

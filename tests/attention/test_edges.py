@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from ringrl.attention import attention
+from ringrl.attention import attention, decode_attention, ring_attention
 from ringrl.attention.attend import LOCAL
 from ringrl.attention.attend import attend as local_attention
 from ringrl.attention.contract import Cotangents, Inputs, by_head
@@ -186,6 +187,32 @@ def test_gradients_of_parts_of_the_keys_add_up(draw, oracle, quick):
         np.testing.assert_allclose(dkv[:, i], expected[name], rtol=1e-5, atol=1e-5)
 
 
+BAD_SETTINGS = [
+    ("is_causal", {"is_causal": "no"}),
+    ("is_causal", {"is_causal": jnp.array(True)}),
+    ("local_window_size", {"local_window_size": jnp.array([1, 2])}),
+    ("scale", {"scale": "large"}),
+    ("scale", {"scale": 1j}),
+    ("scale", {"scale": jnp.array(1j)}),
+    ("scale", {"scale": float("nan")}),
+    ("scale", {"scale": True}),
+    ("logits_soft_cap", {"logits_soft_cap": "2"}),
+    ("logits_soft_cap", {"logits_soft_cap": jnp.array(2j)}),
+    ("logits_soft_cap", {"logits_soft_cap": jnp.array(-2.0)}),
+]
+
+
+@pytest.mark.parametrize("run", [ring_attention, decode_attention])
+def test_invalid_settings_are_named(run, draw):
+    """Inside shard_map, JAX would hide their values or name something else."""
+    q, k, v = (jnp.asarray(draw(2, 6, 4, 2, 8)[name]) for name in NAMES)
+    mesh = {"mesh": Mesh(np.array(jax.devices()[:1]), ("seq",))} if run is ring_attention else {"length": 6}
+    for name, setting in BAD_SETTINGS:
+        if run is ring_attention or name != "is_causal":
+            with pytest.raises(ValueError, match=f"^{name}: "):
+                run(q, k, v, **mesh, **setting)
+
+
 def test_invalid_arguments_are_named(draw):
     arrays = draw(2, 6, 4, 2, 8)
     q, k, v = (jnp.asarray(arrays[name]) for name in NAMES)
@@ -225,6 +252,14 @@ def test_invalid_arguments_are_named(draw):
         ("logits_soft_cap", {"logits_soft_cap": float("nan")}),
         ("logits_soft_cap", {"logits_soft_cap": float("inf")}),
         ("implementation", {"implementation": "cuda"}),
+        ("q", {"q": [[1.0]]}),
+        ("k", {"k": None}),
+        ("segment_ids", {"segment_ids": "abc"}),
+        ("segment_ids", {"segment_ids": [[0], [1, 2]]}),
+        ("positions", {"positions": [None] * 6}),
+        ("sinks", {"sinks": "abcd"}),
+        ("query_seq_lengths", {"query_seq_lengths": [[1], [1, 2]]}),
+        *BAD_SETTINGS,
     ]
     for name, changes in wrong:
         with pytest.raises(ValueError, match=f"^{name}: "):
