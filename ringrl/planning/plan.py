@@ -94,7 +94,7 @@ def _on_mesh(workload: Workload, machine: Machine, mesh: MeshConfig | None) -> W
             f"--mesh: data x fsdp x tensor x seq is {mesh.devices}, expected the {machine.devices} devices of "
             f"{machine.name}"
         )
-    axes = dict.fromkeys(MESH_AXES, 1) if mesh is None else mesh.model_dump()
+    axes = dict.fromkeys((*MESH_AXES, "ulysses"), 1) if mesh is None else mesh.model_dump()
     workload = workload.with_settings("mesh", **axes)
     workload.check()
     return workload

@@ -83,7 +83,7 @@ def step_time(workload: Workload, machine: Machine, *, hops_hide: bool = True) -
         forward_kernels, backward_kernels = 2 * 2 * times * one_product, 2 * 4 * one_product
     elif config.mesh.layout == "contiguous" and workload.strategy.strategy != "ulysses":
         # All devices wait for the one with the end of the context.
-        uneven = 2 - 1 / config.mesh.seq
+        uneven = 2 - config.mesh.ulysses / config.mesh.seq
         forward_kernels, backward_kernels = uneven * forward_kernels, uneven * backward_kernels
     hidden_by = (forward_kernels, backward_kernels) if hops_hide else (0.0, 0.0)
     again = 2 if model.remat == "full" else 1  # the backward pass repeats attention
@@ -143,6 +143,7 @@ def _exposed_hops(
         return _all_to_alls(workload, machine, mesh.seq) / attained.links
     exchange = _all_to_alls(workload, machine, mesh.ulysses) / attained.links if strategy == "ulysses_ring" else 0.0
     numbers = 2 * _local(workload) * model.layers * model.width * model.kv_heads / model.heads / mesh.tensor
+    numbers *= max(1.0, mesh.ulysses * mesh.tensor / model.kv_heads)  # a device has at least one key head of its group
     is_ring = strategy in ("ring", "ulysses_ring")
     rate = machine.hop(mesh.seq) if is_ring else machine.collective(mesh.seq)
     if model.bidirectional and is_ring and machine.device.platform == "tpu":

@@ -87,6 +87,13 @@ def test_given_mesh_keeps_the_layout_of_the_configuration(tmp_path, made):
     assert made[0].workload.config.mesh.layout == "contiguous"
 
 
+def test_mesh_of_the_configuration_has_no_effect_on_one_device(tmp_path, made):
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {width: 256, heads: 4, strategy: ulysses_ring}\nmesh: {seq: 4, ulysses: 2}")
+    plan("--model", str(config), "--machine", "1xa100", "--tokens", "4k")
+    assert made[0].workload.config.mesh.devices == 1
+
+
 def test_gpu_plan_gives_the_memory_fraction(capsys):
     plan("--model", "7b", "--machine", "8xa100", "--tokens", "128k")
     assert "76.00 GiB each (with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in capsys.readouterr().out

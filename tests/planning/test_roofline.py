@@ -170,6 +170,20 @@ def test_groups_of_a_ring_exchange_heads_and_make_fewer_hops():
     within = within.with_settings("optimiser", batch_size=2).with_tokens(2**16)
     one_hop, seven_hops = (step_time(x, machine, hops_hide=False).ring for x in (grouped, ring))
     assert one_hop == pytest.approx(seven_hops / 7 + step_time(within, machine).ring)
+    few, within = (x.with_settings("model", kv_heads=2) for x in (grouped, within))  # each device sends one of two
+    few_hops = step_time(few, machine, hops_hide=False).ring - step_time(within, machine).ring
+    assert few_hops == pytest.approx(seven_hops / 7 * 4 / 32), (
+        "32 key heads of a device's tokens, or one of its group's"
+    )
+
+
+def test_contiguous_groups_wait_for_the_last_group():
+    machine, mesh = find_machine("tpu-v4-16"), {"seq": 8, "ulysses": 4}
+    zigzag, contiguous = (
+        step_time(seven_billion(2**20, {**mesh, "layout": layout}, strategy="ulysses_ring"), machine).attention
+        for layout in ("zigzag", "contiguous")
+    )
+    assert contiguous == pytest.approx(zigzag * 2 * 1.5 / 2)  # 1.5 blocks instead of 2 halves
 
 
 @pytest.mark.parametrize(("name", "gain"), [("tpu-v5e-256", 2), ("256xh200", 1)])
