@@ -99,6 +99,8 @@ def axis_names(axes: Axes) -> tuple[str, ...]:
 
 def mesh_size(mesh: Mesh | AbstractMesh, name: str, axes: Axes) -> int:
     """Return the number of devices along one or several mesh axes."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
     for axis in axis_names(axes):
         if axis not in mesh.axis_names:
             raise ValueError(f"{name}: the mesh has no axis {axis!r}; it has {tuple(mesh.axis_names)}")
@@ -110,6 +112,8 @@ def check_axes(
 ) -> None:
     """Check that the axes are different, and that contexts and key heads divide over them."""
     used = [*axis_names(axis_name)]
+    if not used or len(set(used)) < len(used):
+        raise ValueError(f"axis_name: expected one or several different mesh axes, got {axis_name!r}")
     for name, axes, amount, kind in (
         ("batch_axes", batch_axes, batch, "contexts of the batch"),
         ("head_axes", head_axes, kv_heads, "key heads"),

@@ -107,6 +107,9 @@ def decode_attention(
     ).settings(q)
     if global_prefix is not None:
         global_prefix = arguments.integers("global_prefix", global_prefix, batch, new)
+    if not batch:
+        empty = jnp.zeros((*q.shape[:3], v_cache.shape[3]), q.dtype)
+        return (empty, jnp.zeros(q.shape[:3], jnp.float32)) if return_residual else empty
     cache = Prefix(k_cache, v_cache, jnp.asarray(length, jnp.int32))
     arrays = scaled, cache, prefix, global_prefix, terms
     attend = partial(_over_caches, options, position_of)

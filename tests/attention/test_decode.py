@@ -169,6 +169,13 @@ def test_default_scale_and_bfloat16(draw):
     np.testing.assert_allclose(np.asarray(got, np.float32), exact, atol=0.02)
 
 
+def test_an_empty_batch_gives_an_empty_result(draw):
+    arrays = draw(1, TOKENS, 4, 2, 8)
+    q, k, v = (arrays[name][:0] for name in "qkv")
+    o, lse = decode_attention(q[:, -2:], k, v, length=np.zeros(0, int), return_residual=True)
+    assert (o.shape, lse.shape) == ((0, 2, 4, 8), (0, 2, 4))
+
+
 def test_invalid_arguments_are_named(draw):
     arrays = draw(1, TOKENS, 4, 2, 8)
     q, k, v = (arrays[name] for name in "qkv")

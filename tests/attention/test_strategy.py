@@ -87,7 +87,7 @@ def call(tokens: int = 16, heads: int = 4, kv_heads: int = 4, ring: int = 4, **k
     """Trace ring_attention over a mesh (data, seq) = (2, ring)."""
     mesh = Mesh(np.array(jax.devices()[: 2 * ring]).reshape(2, ring), ("data", "seq"))
     q, k = (jax.ShapeDtypeStruct((2, tokens, n, 8), jnp.float32) for n in (heads, kv_heads))
-    jax.eval_shape(lambda *qkv: ring_attention(*qkv, mesh=mesh, **keywords), q, k, k)
+    jax.eval_shape(lambda *qkv: ring_attention(*qkv, **{"mesh": mesh} | keywords), q, k, k)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,9 @@ def call(tokens: int = 16, heads: int = 4, kv_heads: int = 4, ring: int = 4, **k
         ({"layout": "spiral"}, "layout: 'spiral'"),
         ({"strategy": "star"}, "strategy: 'star'"),
         ({"axis_name": "sequence"}, "axis_name: the mesh has no axis 'sequence'"),
+        ({"axis_name": None}, "axis_name: expected one or several different mesh axes, got None"),
+        ({"axis_name": ("seq", "seq"), "tokens": 32}, "axis_name: expected one or several different mesh axes"),
+        ({"mesh": None}, "mesh: expected a jax.sharding.Mesh, got NoneType"),
         ({"batch_axes": "rows"}, "batch_axes: the mesh has no axis 'rows'"),
         ({"head_axes": "data", "heads": 3, "kv_heads": 3}, "head_axes: 3 key heads"),
         ({"tokens": 20}, "q: a sequence of 20 "),
