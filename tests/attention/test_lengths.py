@@ -190,7 +190,7 @@ def test_without_tokens(batch, queries, keys, ring):
             {"segment_ids": np.zeros(FEW, int), "key_segment_ids": np.full(MANY, 1 - 2**31)},
             "key_segment_ids: .* reserved",
         ),
-        ({"scale": np.float32([1, 2])}, r"scale: expected one number, got shape \(2,\)"),
+        ({"scale": np.float32([1, 2])}, r"scale: expected one number, got float32 \(2,\)"),
     ],
 )
 def test_bad_arguments(keywords, message, draw):
