@@ -160,6 +160,8 @@ def test_one_line_per_failure_and_exit_code_1(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert "machine.yaml: memory" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is a folder"):
+        doctor(save=tmp_path)
     with pytest.raises(UserError, match=r"nowhere/found.json: cannot be written"):
         doctor(json=tmp_path / "nowhere" / "found.json")
     assert not capsys.readouterr().out, "before any work"

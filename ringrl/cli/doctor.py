@@ -42,9 +42,12 @@ def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
         UserError: a file that cannot be written, or devices that do not answer.
     """
     from ringrl.config_files import to_yaml
+    from ringrl.errors import UserError
     from ringrl.files import explain_write_errors, write_whole
 
     for written in filter(None, (json, save)):  # before two minutes of work
+        if written.is_dir():
+            raise UserError(f"{written}: is a folder; give the name of a file")
         with explain_write_errors(written), tempfile.TemporaryFile(dir=written.absolute().parent):
             pass
     _await_devices()
