@@ -244,6 +244,7 @@ def ring_attention_shard(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: {strategy!r} is unknown; use one of {STRATEGIES}")
+    arguments.check_flag("bidirectional", bidirectional)
     given, size = Keywords(**options), lax.axis_size(axis_name)
     q, settings, terms = given.settings(q)
     settings = kernels.with_kernel(settings, given.implementation, q, device_of(q), terms)

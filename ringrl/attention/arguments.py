@@ -58,6 +58,12 @@ def check_arrays(
         raise ValueError(f"{key_name}: {k.shape[2]} heads do not divide the {q.shape[2]} heads of q")
 
 
+def check_flag(name: str, flag: object) -> None:
+    """Check that a value is True or False, not an array or another value with a truth."""
+    if not isinstance(flag, bool | np.bool_):
+        raise ValueError(f"{name}: expected True or False, got {flag!r}")
+
+
 def check_dtype(name: str, x: jax.Array) -> None:
     """Check that attention supports the dtype."""
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -101,6 +107,8 @@ def mesh_size(mesh: Mesh | AbstractMesh, name: str, axes: Axes) -> int:
     """Return the number of devices along one or several mesh axes."""
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise ValueError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
+    if not isinstance(axes, str | tuple | list | None):
+        raise ValueError(f"{name}: expected the name of a mesh axis, a tuple of names or None, got {axes!r}")
     for axis in axis_names(axes):
         if axis not in mesh.axis_names:
             raise ValueError(f"{name}: the mesh has no axis {axis!r}; it has {tuple(mesh.axis_names)}")
@@ -212,8 +220,7 @@ class Keywords(NamedTuple):
 
     def _checked_settings(self) -> dict[str, Any]:
         """Return the keywords that are no arrays of tokens or heads: is_causal, window, scale and cap."""
-        if not isinstance(self.is_causal, bool | np.bool_):
-            raise ValueError(f"is_causal: expected True or False, got {self.is_causal!r}")
+        check_flag("is_causal", self.is_causal)
         scale, cap = _number("scale", self.scale), _number("logits_soft_cap", self.logits_soft_cap)
         if isinstance(scale, float) and not math.isfinite(scale):
             raise ValueError(f"scale: expected a finite number, got {scale}")

@@ -334,6 +334,8 @@ def _check_whole(name: str, cache: jax.Array) -> None:
 
 
 def _check_prefix(prefix: Prefix, *caches: jax.Array) -> None:
+    if not isinstance(prefix, Prefix):
+        raise ValueError(f"prefix: expected a Prefix, got {type(prefix).__name__}")
     number, batch = prefix.k.shape[0], len(caches[0])
     for name, x, cache in zip(("prefix.k", "prefix.v"), (prefix.k, prefix.v), caches, strict=True):
         expected = (*prefix.k.shape[:2], *cache.shape[2:])

@@ -205,6 +205,8 @@ def test_invalid_arguments_are_named(draw):
     for prefix in (k[:1, :, :1], k[:0]), (k[:1], v[:1, ..., :4]):
         with pytest.raises(ValueError, match=r"^prefix: expected \(P, tokens, 2, 8\)"):
             decode_attention(q, k, v, length=TOKENS, prefix=Prefix(*prefix, 3))
+    with pytest.raises(ValueError, match=r"^prefix: expected a Prefix, got tuple"):
+        decode_attention(q, k, v, length=TOKENS, prefix=(k, v, 1))
     for name, window, ends in (
         ("global_prefix", None, np.zeros(TOKENS, int)),
         ("global_prefix", 2, np.zeros(TOKENS)),

@@ -99,6 +99,8 @@ def call(tokens: int = 16, heads: int = 4, kv_heads: int = 4, ring: int = 4, **k
         ({"axis_name": None}, "axis_name: expected one or several different mesh axes, got None"),
         ({"axis_name": ("seq", "seq"), "tokens": 32}, "axis_name: expected one or several different mesh axes"),
         ({"mesh": None}, "mesh: expected a jax.sharding.Mesh, got NoneType"),
+        ({"batch_axes": 0}, "batch_axes: expected the name of a mesh axis, a tuple of names or None, got 0"),
+        ({"bidirectional": "no"}, "bidirectional: expected True or False, got 'no'"),
         ({"batch_axes": "rows"}, "batch_axes: the mesh has no axis 'rows'"),
         ({"head_axes": "data", "heads": 3, "kv_heads": 3}, "head_axes: 3 key heads"),
         ({"tokens": 20}, "q: a sequence of 20 "),
