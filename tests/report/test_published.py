@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from ringrl.report import read_results
 from ringrl.report.conclusion import LENGTH, MEMORY, verdicts
 from ringrl.report.tables import returns_table
 
@@ -85,3 +86,17 @@ def test_episodes(published: dict[str, Any], page: str) -> None:
     assert [(four > one).sum() for four, one in zip(last, of_one, strict=True)] == [5, 6]
     pairs = zip(*(rows[f"context of {n}: best of four episodes"] for n in ("four", "one")), strict=True)
     assert [(four < one).sum() for four, one in pairs] == [9, 9]
+
+
+def test_the_arm_that_knows_its_place(page: str) -> None:
+    """After sixteen segments of top_left: mean over the seeds, lowest and highest seed."""
+    found = []
+    for name in ("known_place", "hidden_place"):
+        rows = read_results(ROOT / f"docs/results/{name}.jsonl.gz")
+        rows = rows[(rows["task"] == "jaco_reach_top_left") & rows["method"].str.startswith("Agentic Transformer")]
+        rows = rows[(rows["prompt_trajectories"] == 16) & rows["prompt_control"].isna()]
+        seeds = rows.groupby("seed")["return"].mean()
+        assert len(seeds) == 5
+        found.append(f"{seeds.mean():.0f} [{seeds.min():.0f}, {seeds.max():.0f}]")
+    alone, of_four = found
+    assert f"alone returns {alone} after sixteen segments, the model of four places {of_four}." in page
