@@ -100,3 +100,27 @@ def test_the_arm_that_knows_its_place(page: str) -> None:
         found.append(f"{seeds.mean():.0f} [{seeds.min():.0f}, {seeds.max():.0f}]")
     alone, of_four = found
     assert f"alone returns {alone} after sixteen segments, the model of four places {of_four}." in page
+
+
+def test_what_a_step_sees(page: str) -> None:
+    table = returns_table(read_results(ROOT / "docs/results/what_a_step_sees.jsonl.gz")).set_index(["task", "method"])
+    tables = (ROOT / "docs/results_tables.md").read_text()
+    windows = {"none": "its whole episode so far", "20": "the last 20 steps", "1": "the present step", "0": "nothing"}
+    for actions in ("on", "off"):
+        for window, seen in windows.items():
+            method = f"Agentic Transformer, episode window {window}, past actions {actions}"
+            shown = " | ".join(_interval(table.loc[task, method]) for task in ("cartpole_swingup", *TASKS))
+            assert f"| {actions} | {seen} | {shown} |\n" in tables
+            if actions == "on" and window != "20":
+                assert _interval(table.loc["cartpole_swingup", method]) in page.replace("\n  ", " ")
+
+
+def test_every_walker_returns_more_with_past_actions() -> None:
+    rows = read_results(ROOT / "docs/results/what_a_step_sees.jsonl.gz")
+    rows = rows[rows["task"].isin(TASKS) & rows["method"].str.startswith("Agentic Transformer")]
+    rows = rows.assign(
+        window=rows["method"].str.extract(r"window (\w+)"), actions=rows["method"].str.extract(r"(\w+)$")
+    )
+    pairs = rows.groupby(["task", "window", "seed", "actions"])["return"].mean().unstack()
+    assert len(pairs) == 40
+    assert (pairs["on"] > pairs["off"]).all()
