@@ -28,6 +28,8 @@ from ringrl.errors import UserError, brief
 from ringrl.processes import available_cores
 
 STEP_TIMEOUT = 300.0  # seconds that a step or a reset of another package's environment may take
+WORTH_A_THREAD = 20e-6  # seconds of a step; below, threads that take turns in Python cost more than they save
+PROBES = 3  # steps on one thread, which measure this
 CLOSE_TIMEOUT = 10.0  # seconds that its closing may take
 _Observations = Float32[np.ndarray, "environments observation"]
 _Flags = Bool[np.ndarray, " environments"]
@@ -50,7 +52,8 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         task: full task name, "walker_walk".
         num_envs: number of environments.
         seed: environment i has the seed `seed + i`, or entry i of a sequence. None: from the operating system.
-        threads: threads that simulate, the caller's included. None: one per core that this process may use.
+        threads: threads that simulate, the caller's included. None: one per core that this process may use, or one
+            if a step of the physics takes less than 20 microseconds.
 
     Raises:
         UserError: unknown task, fewer than one environment or thread, another number of seeds than of environments,
@@ -65,6 +68,8 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._pool: ThreadPoolExecutor | None = None
         self.task = task
         self.domain = domain_of(task)
+        self._probes = PROBES if threads is None else 0
+        self._fastest = np.inf  # seconds for all environments
         threads = _checked_threads(task, num_envs, threads)
         self.num_envs = num_envs
         self._randoms = [random_stream(number) for number in _seeds(task, seed, num_envs)]
@@ -141,7 +146,14 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             views[index][:] = controls[index]
             simulation.advance(datas[index])  # MuJoCo releases the GIL
 
-        _share(self._pool, self._helpers, np.flatnonzero(~self._unstable), advance)
+        if self._probes:
+            start = time.perf_counter()
+            _share(None, 0, np.flatnonzero(~self._unstable), advance)
+            self._fastest, self._probes = min(self._fastest, time.perf_counter() - start), self._probes - 1
+            if not self._probes and self._fastest < WORTH_A_THREAD * self.num_envs:
+                self._helpers = 0
+        else:
+            _share(self._pool, self._helpers, np.flatnonzero(~self._unstable), advance)
         self._steps += 1
         self._stacked.renew()
         self._unstable = np.any(np.concatenate(self._warnings), axis=1)  # a warning stays until the reset
