@@ -165,7 +165,7 @@ class ModelConfig(Section):
     """Steps of its own episode that a step sees, itself included; it always sees all earlier trajectories. One value,
     or one for each layer. none: the whole episode so far; 0: earlier trajectories only."""
     past_actions: Literal["on", "off"] = "on"
-    """Whether the model sees the actions of earlier steps. Imitators tend to repeat their last action."""
+    """Whether the model sees the actions of earlier steps."""
     past_rewards: Literal["on", "off"] = "on"
     """Whether the model sees the rewards of earlier steps. Returns-to-go still show them, except with target none."""
     rotary_base: float = Field(10_000.0, gt=1)
