@@ -67,14 +67,17 @@ def in_process(function: Callable[..., Any], *arguments: object, devices: int, p
       python: the interpreter.
 
     Raises:
-      SystemExit: the call failed; the message is the last line of its output.
+      SystemExit: the call failed, with the last line of its output, or the interpreter does not run.
     """
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
     }
     command = [python, "-c", CALL, inspect.getfile(function), function.__name__, json.dumps(arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    except OSError as error:
+        raise SystemExit(f"{python}: cannot be run ({error.strerror})") from None
     if done.returncode:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise SystemExit(f"{function.__name__}{arguments}: {last}")

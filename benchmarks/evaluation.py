@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(
         f"{'task':<31}{'make_vec':>9}{'one':>8}{'ratio':>7}{'async':>8}{'ratio':>7}"
-        f"{'make_vec':>9}{'one':>8}{'physics':>8}{'EnvPool':>8}{'(rate)':>9}{'reset ms':>10}{'load':>7}"
+        f"{'make_vec':>9}{'one':>8}{'physics':>8}{'EnvPool':>8}{'steps/s':>9}{'reset ms':>10}{'load':>7}"
     )
     measured = {}
     for task in options.tasks:

@@ -208,6 +208,5 @@ class StackedData:
         if name not in self._copies:
             if name not in self._views:  # the arrays of an MjData keep their address
                 self._views[name] = [getattr(data, name)[None] for data in self._datas]
-            views = self._views[name]
-            self._copies[name] = np.concatenate(views) if views[0].size else np.empty((len(views), 0))
+            self._copies[name] = np.concatenate(self._views[name])
         return self._copies[name]

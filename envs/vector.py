@@ -28,9 +28,9 @@ from ringrl.errors import UserError, brief
 from ringrl.processes import available_cores
 
 STEP_TIMEOUT = 300.0  # seconds that a step or a reset of another package's environment may take
-WORTH_A_THREAD = 20e-6  # seconds of a step; below, threads that take turns in Python cost more than they save
-PROBES = 3  # steps on one thread, which measure this
 CLOSE_TIMEOUT = 10.0  # seconds that its closing may take
+WORTH_A_THREAD = 20e-6  # seconds of an environment's step; below, threads wait longer for Python's lock than they save
+TRIAL_STEPS = 3  # on one thread, to measure these seconds
 _Observations = Float32[np.ndarray, "environments observation"]
 _Flags = Bool[np.ndarray, " environments"]
 
@@ -53,7 +53,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         num_envs: number of environments.
         seed: environment i has the seed `seed + i`, or entry i of a sequence. None: from the operating system.
         threads: threads that simulate, the caller's included. None: one per core that this process may use, or one
-            if a step of the physics takes less than 20 microseconds.
+            if a step of the physics takes less than 20 microseconds per environment.
 
     Raises:
         UserError: unknown task, fewer than one environment or thread, another number of seeds than of environments,
@@ -68,8 +68,8 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._pool: ThreadPoolExecutor | None = None
         self.task = task
         self.domain = domain_of(task)
-        self._probes = PROBES if threads is None else 0
-        self._fastest = np.inf  # seconds for all environments
+        self._trials_left = TRIAL_STEPS if threads is None else 0
+        self._step_seconds = np.inf  # of one environment, the fastest of the trials
         threads = _checked_threads(task, num_envs, threads)
         self.num_envs = num_envs
         self._randoms = [random_stream(number) for number in _seeds(task, seed, num_envs)]
@@ -146,14 +146,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             views[index][:] = controls[index]
             simulation.advance(datas[index])  # MuJoCo releases the GIL
 
-        if self._probes:
-            start = time.perf_counter()
-            _share(None, 0, np.flatnonzero(~self._unstable), advance)
-            self._fastest, self._probes = min(self._fastest, time.perf_counter() - start), self._probes - 1
-            if not self._probes and self._fastest < WORTH_A_THREAD * self.num_envs:
-                self._helpers = 0
-        else:
-            _share(self._pool, self._helpers, np.flatnonzero(~self._unstable), advance)
+        self._simulate(np.flatnonzero(~self._unstable), advance)
         self._steps += 1
         self._stacked.renew()
         self._unstable = np.any(np.concatenate(self._warnings), axis=1)  # a warning stays until the reset
@@ -162,6 +155,19 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         rewards[self._unstable] = np.nan
         terminated, truncated = np.zeros(self.num_envs, bool), self._steps == self.domain.episode_length
         return observations, rewards, terminated, truncated, info
+
+    def _simulate(self, indices: np.ndarray, advance: Callable[[int], None]) -> None:
+        """Advance some environments, after the trial steps on one thread if their physics is cheap."""
+        if not self._trials_left:
+            return _share(self._pool, self._helpers, indices, advance)
+        start = time.perf_counter()
+        _share(None, 0, indices, advance)
+        if indices.size:
+            seconds = (time.perf_counter() - start) / indices.size
+            self._step_seconds, self._trials_left = min(self._step_seconds, seconds), self._trials_left - 1
+        if not self._trials_left and self._step_seconds < WORTH_A_THREAD:
+            self._helpers = 0
+        return None
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the threads."""

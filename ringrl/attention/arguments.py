@@ -81,7 +81,7 @@ def per_head(name: str, x: jax.Array | None, heads: int) -> Float32[Array, " hea
 
 
 def _converted(name: str, x: Any, convert: Callable[[Any], Any] = np.asarray) -> Any:
-    """Return x as an array; arrays of JAX stay. ValueError if it is none."""
+    """Return numbers as an array. Arrays of JAX stay as they are. ValueError for anything else."""
     if isinstance(x, jax.Array):
         return x
     try:

@@ -49,8 +49,9 @@ class Parallel:
     def mesh_of_groups(self) -> Mesh:
         """Return a mesh of the same devices whose axis "seq" is split into rings of groups ("seq", "ulysses")."""
         assert self.mesh is not None
+        names = *MESH_AXES, ULYSSES_AXIS
         sizes = *self.mesh.devices.shape[:-1], self.ring_size // self.ulysses, self.ulysses
-        return Mesh(self.mesh.devices.reshape(sizes), (*MESH_AXES, ULYSSES_AXIS), axis_types=(AxisType.Auto,) * 5)
+        return Mesh(self.mesh.devices.reshape(sizes), names, axis_types=(AxisType.Auto,) * len(names))
 
     def sharding(self, *axes: str | None) -> NamedSharding | None:
         """Return the sharding of an array with these axis names, None without a mesh. Axis None is not split."""

@@ -99,9 +99,7 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
     contexts, tokens = workload.local_contexts, workload.local_tokens
     key_width = model.width * model.kv_heads / model.heads
     seen: float = workload.tokens if strategy == "all_gather" else tokens  # keys on a device
-    if strategy in ("ulysses", "ulysses_ring"):  # the keys of a group's tokens, of a share of the heads, at least one
-        group = mesh.seq if strategy == "ulysses" else mesh.ulysses
-        seen *= max(1.0, group * mesh.tensor / model.kv_heads)
+    seen *= workload.heads_held
     head_dim = model.width // model.heads
     # A TPU stores the features of a head in registers of 128.
     key_width *= (math.ceil(head_dim / 128) * 128 / head_dim if platform == "tpu" else 1.0) / mesh.tensor
@@ -111,7 +109,7 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
     at_once = math.ceil(tokens / blocks) if model.remat != "none" or blocks > 1 else 0  # else counted as activations
     units = model.feed_forward * model.width / mesh.tensor
     # Half of the other buffers are keys and values. Exchanged heads take the place of those that grouping saves.
-    shared = 1.0 if strategy in ("ulysses", "ulysses_ring") else (1 + model.kv_heads / model.heads) / 2
+    shared = 1.0 if workload.group > 1 else (1 + model.kv_heads / model.heads) / 2
     feed_forward = (
         contexts * (tokens * working.width * model.width * shared + at_once * working.hidden * units) * bytes_each
     )
@@ -124,14 +122,8 @@ def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:
     model, contexts = workload.model, workload.local_contexts
     if kernel_of(model, machine.device) != "mosaic_tpu":
         return True
-    strategy, local, whole = workload.strategy.strategy, workload.local_tokens, workload.tokens
-    group = local * workload.config.mesh.ulysses  # tokens of a group, if it exchanges heads
-    queries, keys = {
-        "ring": (local, local),
-        "all_gather": (local, whole),
-        "ulysses": (whole, whole),
-        "ulysses_ring": (group, group),
-    }[strategy]
+    queries = workload.local_tokens * workload.group
+    keys = workload.tokens if workload.strategy.strategy == "all_gather" else queries
     tile = tpu_blocks(model.width // model.heads, jnp.dtype(model.dtype), machine.device.device_kind)
     query_tiles, key_tiles = math.ceil(queries / tile.rows), math.ceil(keys / tile.keys)
     return contexts * query_tiles * key_tiles <= MAX_PAIRS and max(query_tiles, key_tiles) <= 2**TILE_BITS

@@ -8,7 +8,6 @@ from typing import Literal
 
 from ringrl.config import MeshConfig, TrainConfig
 from ringrl.errors import UserError
-from ringrl.model.parallel import MESH_AXES
 from ringrl.planning.ahead_of_time import Compiled, compile_step, devices_of, fits, why_not
 from ringrl.planning.machines import GPU_SHARE, Machine, gib, kernel_of
 from ringrl.planning.memory import Memory, fits_by_formula, longest_context, memory_of
@@ -94,7 +93,7 @@ def _on_mesh(workload: Workload, machine: Machine, mesh: MeshConfig | None) -> W
             f"--mesh: data x fsdp x tensor x seq is {mesh.devices}, expected the {machine.devices} devices of "
             f"{machine.name}"
         )
-    axes = dict.fromkeys((*MESH_AXES, "ulysses"), 1) if mesh is None else mesh.model_dump()
+    axes = MeshConfig().model_dump(exclude={"layout"}) if mesh is None else mesh.model_dump()
     workload = workload.with_settings("mesh", **axes)
     workload.check()
     return workload

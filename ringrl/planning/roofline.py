@@ -81,9 +81,9 @@ def step_time(workload: Workload, machine: Machine, *, hops_hide: bool = True) -
     if model.attention == "vanilla":  # computes hidden logits too, and recomputes them with remat
         times = 1 if model.remat == "none" else 2
         forward_kernels, backward_kernels = 2 * 2 * times * one_product, 2 * 4 * one_product
-    elif config.mesh.layout == "contiguous" and workload.strategy.strategy != "ulysses":
-        # All devices wait for the one with the end of the context.
-        uneven = 2 - config.mesh.ulysses / config.mesh.seq
+    elif config.mesh.layout == "contiguous":
+        # All devices wait for the group with the end of the context.
+        uneven = 2 - workload.group / config.mesh.seq
         forward_kernels, backward_kernels = uneven * forward_kernels, uneven * backward_kernels
     hidden_by = (forward_kernels, backward_kernels) if hops_hide else (0.0, 0.0)
     again = 2 if model.remat == "full" else 1  # the backward pass repeats attention
@@ -139,28 +139,24 @@ def _exposed_hops(
     model, mesh, strategy = workload.model, workload.config.mesh, workload.strategy.strategy
     if mesh.seq == 1:
         return 0.0
-    if strategy == "ulysses":
-        return _all_to_alls(workload, machine, mesh.seq) / attained.links
-    exchange = _all_to_alls(workload, machine, mesh.ulysses) / attained.links if strategy == "ulysses_ring" else 0.0
     numbers = 2 * _local(workload) * model.layers * model.width * model.kv_heads / model.heads / mesh.tensor
-    numbers *= max(1.0, mesh.ulysses * mesh.tensor / model.kv_heads)  # a device has at least one key head of its group
-    is_ring = strategy in ("ring", "ulysses_ring")
+    numbers *= workload.heads_held
+    is_ring = strategy != "all_gather"  # Ulysses is a ring of one group, without hops
     rate = machine.hop(mesh.seq) if is_ring else machine.collective(mesh.seq)
     if model.bidirectional and is_ring and machine.device.platform == "tpu":
         rate *= 2  # a torus has a link for each direction, a switch shares one
-    hops = (mesh.seq // mesh.ulysses - 1) / (rate * attained.links)
+    hops = (mesh.seq // workload.group - 1) / (rate * attained.links)
     sends = hops * numbers * workload.itemsize, hops * numbers * (workload.itemsize + 4)
     if is_ring:
-        return exchange + forward_passes * max(0.0, sends[0] - kernels[0]) + max(0.0, sends[1] - kernels[1])
+        exposed = forward_passes * max(0.0, sends[0] - kernels[0]) + max(0.0, sends[1] - kernels[1])
+        return exposed + _all_to_alls(workload, machine) / attained.links
     return forward_passes * sends[0] + sends[1]  # gathered at once, before the kernel
 
 
-def _all_to_alls(workload: Workload, machine: Machine, group: int) -> float:
-    """Return the seconds of exchanging q, k, v and the output in both passes, and again in a recomputed layer.
-
-    `group`: number of devices that exchange heads.
-    """
+def _all_to_alls(workload: Workload, machine: Machine) -> float:
+    """Return the seconds of exchanging q, k, v and the output in a group: in both passes, and in a recomputed layer."""
     model, mesh, link = workload.model, workload.config.mesh, link_of(machine.device.device_kind)
+    group = workload.group
     vectors = 2 * model.heads / mesh.tensor + 2 * max(model.kv_heads / mesh.tensor, group)
     numbers = _local(workload) * model.layers * vectors * model.width / model.heads * (group - 1) / group
     passes = 2 if model.remat == "none" else 3

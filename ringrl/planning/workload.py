@@ -73,6 +73,17 @@ class Workload:
         return Choice(model.strategy, f"from the configuration; auto chooses {auto.strategy}: {auto.reason}")
 
     @property
+    def group(self) -> int:
+        """Number of neighbouring devices that exchange tokens for heads; keys circulate among such groups."""
+        mesh = self.config.mesh
+        return {"ulysses": mesh.seq, "ulysses_ring": mesh.ulysses}.get(self.strategy.strategy, 1)
+
+    @property
+    def heads_held(self) -> float:
+        """Key heads on a device relative to an equal share, above 1 if a group has more devices than key heads."""
+        return max(1.0, self.group * self.config.mesh.tensor / self.model.kv_heads)
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens per timestep."""
         return TOKEN_SETS[self.model.token_set].size
@@ -93,8 +104,8 @@ class Workload:
         """The mesh as text, for example fsdp 2 x seq 4."""
         mesh = self.config.mesh
         sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
-        sizes["seq"] = f"{sizes['seq']} (groups of {mesh.ulysses})" if mesh.ulysses > 1 else sizes["seq"]
-        return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "one device"
+        words = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+        return f"{words} (groups of {mesh.ulysses})" if mesh.ulysses > 1 else words
 
     @cached_property
     def parameters(self) -> "Parameters":

@@ -247,3 +247,18 @@ def test_closing_ends_the_threads():
     for use in (vector.reset, lambda: vector.step(np.zeros((6, 1), np.float32))):
         with pytest.raises(gymnasium.error.ClosedEnvironmentError):
             use()
+
+
+@pytest.mark.parametrize(("worth", "threads"), [(0.0, True), (np.inf, False)])
+def test_cheap_physics_is_stepped_by_one_thread(worth, threads, monkeypatch):
+    """Whether the trial steps find the physics cheap changes the threads, and no bit of the results."""
+    monkeypatch.setattr("ringrl.envs.vector.WORTH_A_THREAD", worth)
+    monkeypatch.setattr("ringrl.envs.vector.available_cores", lambda: 3)
+    vector, alone = (make_vec("cheetah_run", 6, 0, threads=count) for count in (None, 1))
+    for environments in (vector, alone):
+        environments.reset()
+    for action in np.random.default_rng(0).uniform(-1, 1, (5, *vector.action_space.shape)):
+        found, expected = vector.step(action), alone.step(action)
+        np.testing.assert_array_equal(found[4]["physics"], expected[4]["physics"])
+    assert any(one.name.startswith("ringrl-cheetah_run") for one in threading.enumerate()) == threads
+    vector.close()

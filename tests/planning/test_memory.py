@@ -16,7 +16,7 @@ CASES = {
     "blockwise": (2048, {"fsdp": 8}, 8, {"attention": "blockwise", "block_tokens": 512}),
     "full remat": (16384, {"seq": 8}, 1, {"remat": "full", "layers": 4}),
     "ulysses": (4096, {"seq": 8}, 1, {"strategy": "ulysses", "heads": 8, "kv_heads": 4}),
-    "ulysses in a ring": (4096, {"seq": 8, "ulysses": 2}, 1, {"strategy": "ulysses_ring", "heads": 4, "kv_heads": 2}),
+    "ulysses in a ring": (4096, {"seq": 8, "ulysses": 2}, 1, {"strategy": "ulysses_ring", "heads": 4, "kv_heads": 1}),
     "without remat": (4096, {"seq": 8}, 1, {"remat": "none", "layers": 4, "block_tokens": 256}),
 }
 
