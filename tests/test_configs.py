@@ -65,6 +65,7 @@ def test_training_presets_are_valid(name: str) -> None:
             {"model": {"strategy": "ulysses", "bidirectional": True}},
             "bidirectional: has no effect with strategy ulysses",
         ),
+        ({"mesh": {"seq": 3, "ulysses": 2}}, "ulysses: 2 must divide the 3 devices of seq"),
         ({"model": {"action_choice": "mean"}}, "action_choice: has no effect with action_head mse; use bins"),
         ({"validate_every": 5}, "validate_every: has no effect without held-out episodes; set validation_fraction"),
         ({"context": {"first_steps": 0}}, "greater than or equal to 1"),

@@ -147,6 +147,9 @@ def test_strategies_hold_different_keys():
     assert memory_of(ulysses, "tpu").total < memory_of(ring, "tpu").total < memory_of(gathered, "tpu").total
     few, fewer = (memory_of(ulysses.with_settings("model", kv_heads=heads), "tpu").scratch for heads in (8, 1))
     assert few == pytest.approx(fewer, rel=0.01), "a key head on every device"
+    grouped = long.with_settings("mesh", ulysses=4).with_settings("model", strategy="ulysses_ring", kv_heads=1)
+    one = long.with_settings("model", kv_heads=1)
+    assert memory_of(grouped, "tpu").scratch > memory_of(one, "tpu").scratch, "four devices hold the same key head"
     assert listed_tiles_fit(ring, machine)
     assert not listed_tiles_fit(ulysses, machine)
 

@@ -94,6 +94,11 @@ def test_mesh_of_the_configuration_has_no_effect_on_one_device(tmp_path, made):
     assert made[0].workload.config.mesh.devices == 1
 
 
+def test_the_search_forms_groups(made):
+    plan("--model", "7b", "--machine", "16xh100", "--tokens", "256k", "--strategy", "ulysses_ring")
+    assert made[0].workload.mesh_in_words == "seq 16 (groups of 2)"
+
+
 def test_gpu_plan_gives_the_memory_fraction(capsys):
     plan("--model", "7b", "--machine", "8xa100", "--tokens", "128k")
     assert "76.00 GiB each (with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in capsys.readouterr().out
@@ -124,6 +129,11 @@ def test_a_machine_in_a_file(capsys, tmp_path):
             "chosen by auto: 1024 tokens per device do not hide a hop (NVIDIA H200: ",
         ),
         ("--tokens 1M --strategy auto", "ring", "chosen by auto: 131072 tokens per device hide a hop (NVIDIA H200: "),
+        (
+            "--tokens 8k --strategy ulysses_ring --mesh.ulysses 2",
+            "ulysses_ring",
+            "from the configuration; auto chooses",
+        ),
         ("--tokens 8k --attention blockwise", "all_gather", "from blockwise attention"),
     ],
 )

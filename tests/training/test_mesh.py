@@ -127,6 +127,13 @@ def test_the_strategy_selects_the_transfers(changes, tokens, expected):
         assert len(found) == number, kind
 
 
+def test_a_group_is_of_neighbours_along_the_context():
+    parallel = make_parallel(settings((1, 1, 1, 8, 2), model=MODEL.model_dump() | {"strategy": "ulysses_ring"}))
+    mesh = parallel.mesh_of_groups()
+    assert (mesh.shape["seq"], mesh.shape["ulysses"]) == (4, 2)
+    assert mesh.devices.flatten().tolist() == parallel.mesh.devices.flatten().tolist()
+
+
 def test_parameters_and_optimiser_state_are_sharded(params):
     config = settings((1, 2, 2, 2))
     parallel = make_parallel(config)
