@@ -118,7 +118,10 @@ def make_ring_mesh(config: TrainConfig, mesh: MeshConfig) -> Parallel:
     if mesh.seq > 1 and not config.model.family.has_context:
         raise UserError(f"mesh.seq: {config.model.kind} has no context to divide; leave it at 1")
     one_context = config.optimiser.model_copy(update={"batch_size": 1, "accumulation": 1})
-    return make_parallel(config.model_copy(update={"mesh": mesh, "optimiser": one_context}))
+    model = config.model
+    if model.strategy == "ulysses_ring" and mesh.ulysses == 1:  # acting needs no groups: those of one device are a ring
+        model = model.model_copy(update={"strategy": "ring"})
+    return make_parallel(config.model_copy(update={"mesh": mesh, "model": model, "optimiser": one_context}))
 
 
 def check_divides(config: TrainConfig) -> None:

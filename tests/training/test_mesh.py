@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ringrl.config import ModelConfig, TrainConfig
+from ringrl.config import MeshConfig, ModelConfig, TrainConfig
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
 from ringrl.data.sampling.batches import ShardedSampler
@@ -21,7 +21,7 @@ from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.errors import UserError
 from ringrl.model import make_agent, make_policy
-from ringrl.model.parallel import ONE_DEVICE, Parallel, make_parallel
+from ringrl.model.parallel import ONE_DEVICE, Parallel, make_parallel, make_ring_mesh
 from ringrl.model.transformer import Transformer
 from ringrl.training import train
 from ringrl.training.metrics import MetricsRecorder
@@ -132,6 +132,12 @@ def test_a_group_is_of_neighbours_along_the_context():
     mesh = parallel.mesh_of_groups()
     assert (mesh.shape["seq"], mesh.shape["ulysses"]) == (4, 2)
     assert mesh.devices.flatten().tolist() == parallel.mesh.devices.flatten().tolist()
+
+
+def test_a_policy_trained_in_groups_acts_on_any_ring():
+    config = settings((1, 1, 1, 8, 2), model=MODEL.model_dump() | {"strategy": "ulysses_ring"})
+    for ulysses in (1, 4):
+        assert make_ring_mesh(config, MeshConfig(seq=4, ulysses=ulysses)).ring_size == 4
 
 
 def test_parameters_and_optimiser_state_are_sharded(params):
