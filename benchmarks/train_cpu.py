@@ -136,6 +136,7 @@ def measure_window(sizes: dict[str, int], window: int) -> dict[str, float]:
         folder = Path(name)
         write_random_store(folder / "store.h5", 2 * options.trajectories)
         runs = [TrainingRun(options, 1, folder, token_set="fused1", episode_window=steps) for steps in (None, window)]
+        runs[0].seconds_per_step(1)  # the first steps of a process are slower
         rounds = [[run.seconds_per_step(options.steps) for run in runs] for _ in range(options.rounds)]
     whole, windowed = (statistics.median(column) for column in zip(*rounds, strict=True))
     ratio = statistics.median(b / a for a, b in rounds)

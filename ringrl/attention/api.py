@@ -47,7 +47,10 @@ def _public(function: Callable[..., Any]) -> AttentionFunction:
             found = call(q[None], k[None], v[None], sinks=sinks, return_residual=return_residual, **options)
             return jax.tree.map(lambda x: x[0], found)
         arguments.check_arrays(q, k, v)
-        signature.bind(q, k, v, **options)  # TypeError for unknown keywords
+        try:
+            signature.bind(q, k, v, **options)
+        except TypeError as error:  # an unknown or missing keyword
+            raise TypeError(f"{function.__name__}: {error}") from None
         sinks = arguments.per_head("sinks", sinks, q.shape[2])
         if (slopes := options.get("alibi_slopes")) is not None:
             options["alibi_slopes"] = arguments.per_head("alibi_slopes", slopes, q.shape[2])
@@ -113,7 +116,7 @@ def attention(
       global_prefix: (B, S) or (S,) positions, one for each query. The window does not hide keys before this position,
         but the causal mask and the segments do. With the start of each query's own document, the query sees all earlier
         documents and a window of its own. A window (-1, 0) shows only the prefix.
-      segment_ids, key_segment_ids: (B, S) or (S,), and (B, T) or (T,) integers >= 0; a query sees keys of its own
+      segment_ids, key_segment_ids: (B, S) or (S,), and (B, T) or (T,) integers; a query sees keys of its own
         segment only. If S = T, keys have the segments of the queries by default.
       positions, key_positions: integers of the same shapes, less than 2**31 apart; by default T - S ... T-1 and
         0 ... T-1. If S = T, keys have the positions of the queries by default. Only the mask uses them; rotary
@@ -245,7 +248,10 @@ def ring_attention_shard(
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: {strategy!r} is unknown; use one of {STRATEGIES}")
     arguments.check_flag("bidirectional", bidirectional)
-    given, size = Keywords(**options), lax.axis_size(axis_name)
+    try:
+        given, size = Keywords(**options), lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(f"axis_name: {axis_name!r} is not an axis of a surrounding jax.shard_map") from None
     q, settings, terms = given.settings(q)
     settings = kernels.with_kernel(settings, given.implementation, q, device_of(q), terms)
     # Keys may be replicated over devices with different query heads; JAX then sums the keys' gradients.

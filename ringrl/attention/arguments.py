@@ -44,7 +44,8 @@ def check_arrays(
         if not hasattr(x, "ndim"):
             raise ValueError(f"{name}: expected an array, got {type(x).__name__}")
         if x.ndim != 4:
-            raise ValueError(f"{name}: expected 4 axes (batch, tokens, heads, head_dim), got shape {x.shape}")
+            shapes = f"q {jnp.shape(q)}, {key_name} {jnp.shape(k)}, {value_name} {jnp.shape(v)}"
+            raise ValueError(f"{name}: expected axes (batch, tokens, heads, head_dim) of all arrays, got {shapes}")
         if 0 in x.shape[2:]:
             raise ValueError(f"{name}: expected at least one head and one feature, got shape {x.shape}")
         check_dtype(name, x)

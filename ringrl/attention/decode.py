@@ -55,7 +55,7 @@ def decode_attention(
     prefix: Prefix | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     global_prefix: Int[Array, "*batch new_tokens"] | None = None,
-    position_of: Callable[[jax.Array], jax.Array] = lambda token: token,
+    position_of: Callable[[jax.Array], jax.Array] | None = None,
     scale: float | Float[Array, ""] | None = None,
     logits_soft_cap: float | Float[Array, ""] | None = None,
     sinks: Float[Array, " heads"] | None = None,
@@ -112,7 +112,7 @@ def decode_attention(
         return (empty, jnp.zeros(q.shape[:3], jnp.float32)) if return_residual else empty
     cache = Prefix(k_cache, v_cache, jnp.asarray(length, jnp.int32))
     arrays = scaled, cache, prefix, global_prefix, terms
-    attend = partial(_over_caches, options, position_of)
+    attend = partial(_over_caches, options, position_of or _index)
     if mesh is None:
         _check_whole("k_cache", k_cache)
         o, lse = attend(0, 1, *arrays)
@@ -169,6 +169,10 @@ def _of_part(prefix: Prefix, index: jax.Array, parts: int) -> Prefix:
     first = index * number // parts
     k, v = (lax.dynamic_slice_in_dim(x, first, held, axis=0) for x in (prefix.k, prefix.v))
     return Prefix(k, v, prefix.length)
+
+
+def _index(token: jax.Array) -> jax.Array:
+    return token
 
 
 def _over_caches(

@@ -106,6 +106,7 @@ def _checked(x: Array, axis: int) -> jax.Array:
 def to_layout(x: Array, layout: str, ring_size: int, axis: int = 1) -> Array:
     """Permute a sequence axis of any array into layout order, ready to be sharded over a ring of `ring_size` devices.
 
+    For a ring over several mesh axes, `ring_size` is the product of their sizes.
     `layout` is "contiguous", "striped" or "zigzag". The shape stays. ValueError for an unknown layout, a length that
     does not divide, or integers beyond 32 bits.
     """

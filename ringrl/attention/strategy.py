@@ -133,7 +133,7 @@ def choose_strategy(
         return Choice("ring", "the sequence is on one device")
     link = link_of(device_kind)
     if link is None:
-        return Choice("ring", f"the link speed of {device_kind!r} is unknown, and the ring needs the least memory")
+        return Choice("ring", f"no link speed is listed for {device_kind!r}, and the ring needs the least memory")
     needed = hiding_length(link, heads, kv_heads, itemsize, is_causal=is_causal)
     if local_length >= needed:
         return Choice("ring", f"{local_length} tokens per device hide a hop ({device_kind}: {needed:.0f} or more)")
@@ -145,4 +145,5 @@ def choose_strategy(
     fits = heads % ring_size == 0 and (kv_heads % ring_size == 0 or ring_size % kv_heads == 0)
     if fits and ulysses_time < ring_time:
         return Choice("ulysses", f"{too_short} and {heads} heads divide over {ring_size} devices")
-    return Choice("all_gather", f"{too_short}; one all-gather has one latency instead of {ring_size - 1}")
+    waits = "once, too" if ring_size == 2 else f"{ring_size - 1} times"
+    return Choice("all_gather", f"{too_short}; an all-gather waits once, a ring {waits}")

@@ -155,10 +155,12 @@ def _check_strategy(mesh: MeshConfig, model: ModelConfig) -> None:
             "more for ulysses_ring, and leave it out for other strategies"
         )
     axis, group = ("mesh.seq", mesh.seq) if model.strategy == "ulysses" else ("mesh.ulysses", mesh.ulysses)
+    or_groups = " or ulysses_ring" if model.strategy == "ulysses" else ""
     if heads % group or (key_heads % group and group % key_heads):
         raise UserError(
             f"{axis}: with model.strategy {model.strategy}, {group} must divide the {heads} query heads{each}, and be "
-            f"a multiple or a divisor of the {key_heads} key heads; use another {axis}, or model.strategy ring"
+            f"a multiple or a divisor of the {key_heads} key heads; use another {axis}, or model.strategy "
+            f"ring{or_groups}"
         )
     circulating = max(1, key_heads // mesh.ulysses)
     if model.bidirectional and circulating % 2:

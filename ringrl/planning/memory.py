@@ -139,11 +139,22 @@ def longest_context(workload: Workload, machine: Machine, extra: float = 0.0) ->
     """Return the longest context that fits by the formula, in tokens that the mesh divides; 0 if none fits.
 
     `extra` bytes are added to the formula's total. The result is at most MOST_TOKENS, since positions are 32-bit.
+
+    The memory falls where the feed-forward layer needs one more block, and rises with the tokens up to the next such
+    length. So the number of blocks is found first.
     """
-    multiple = workload.multiple
-    numbers = range(1, MOST_TOKENS // multiple + 1)
+    multiple, seq = workload.multiple, workload.config.mesh.seq
+    most = MOST_TOKENS // multiple
+    of_block = workload.model.block_tokens * seq if workload.model.attention in ("blockwise", "ring") else MOST_TOKENS
 
     def is_too_long(number: int) -> bool:
         return not fits_by_formula(workload.with_tokens(number * multiple), machine, extra)
 
-    return multiple * bisect.bisect_left(numbers, True, key=is_too_long)
+    def shortest(blocks: int) -> int:
+        """Return the least number of multiples with more than this many full blocks."""
+        return blocks * of_block // multiple + 1
+
+    candidates = range(1, MOST_TOKENS // of_block)
+    blocks = bisect.bisect_left(candidates, True, key=lambda blocks: is_too_long(shortest(blocks)))
+    numbers = range(shortest(blocks), min(shortest(blocks + 1), most + 1))
+    return multiple * (numbers.start - 1 + bisect.bisect_left(numbers, True, key=is_too_long))

@@ -109,7 +109,7 @@ def describe(plan: Plan) -> str:
     if compiled is not None:
         method = f"from the compiler ({compiled.seconds:.0f} s); the formula gives {gib(plan.formula.total)}"
     lines = [
-        f"{plan.workload.parameters.total / 1e9:.3g} billion parameters, {model.attention} attention, remat "
+        f"{_parameters(plan.workload.parameters.total)}, {model.attention} attention, remat "
         f"{model.remat}, {model.dtype}; {config.optimiser.batch_size} context(s) of {plan.workload.tokens} tokens",
         f"{machine.name}: {machine.devices} x {device.device_kind}, {gib(device.memory)} each{share}; mesh "
         f"{plan.workload.mesh_in_words}",
@@ -122,6 +122,11 @@ def describe(plan: Plan) -> str:
         *_time(plan),
     ]
     return "\n".join(lines)
+
+
+def _parameters(count: int) -> str:
+    unit, name = next(((unit, name) for unit, name in ((1e9, "billion"), (1e6, "million")) if count >= unit), (1, ""))
+    return f"{count / unit:.3g} {name} parameters" if name else f"{count} parameters"
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -152,7 +157,8 @@ def _verdict(plan: Plan) -> list[str]:
     if plan.longest == 0:
         return [*lines, "no context fits on this mesh"]
     how = "from the formula" + ("" if plan.total == plan.formula.total else ", corrected by the compiler")
-    return [*lines, f"longest context that fits: {plan.longest} tokens ({format_tokens(plan.longest)}; {how})"]
+    tokens = f"{plan.longest} tokens ({format_tokens(plan.longest)}; {how})"
+    return [*lines, f"longest context that fits on this mesh: {tokens}"]
 
 
 def _time(plan: Plan) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ringrl.errors import UserError
+from ringrl.model.parallel import MESH_AXES
 from ringrl.planning.machines import MOST_DEVICES, Machine
 from ringrl.planning.memory import fits_by_formula, memory_of
 from ringrl.planning.roofline import step_time
@@ -38,10 +39,15 @@ def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
     found = sorted(meshes(workload, machine.devices), key=order)
     if not found:
         contexts, multiple = workload.config.optimiser.batch_size, 2 * workload.tokens_per_step * machine.devices
+        model, fixes = workload.model, ["other --contexts", "another number of devices"]
+        if workload.tokens % multiple:
+            fixes.insert(0, f"--tokens a multiple of {multiple}")
+        if model.strategy in ("ulysses", "ulysses_ring"):
+            fixes.insert(0, "--strategy ring")
         raise UserError(
-            f"--machine {machine.name}: no mesh of {machine.devices} devices divides {contexts} contexts of "
-            f"{workload.tokens} tokens, {workload.model.heads} heads and a width of {workload.model.width}; use "
-            f"--tokens a multiple of {multiple}, other --contexts, or another number of devices"
+            f"--machine {machine.name}: no mesh of {machine.devices} devices divides {contexts} context(s) of "
+            f"{workload.tokens} tokens, {model.heads} heads and a width of {model.width} with strategy "
+            f"{model.strategy}; use {', '.join(fixes[:-1])} or {fixes[-1]}"
         )
     return found
 
@@ -109,6 +115,8 @@ def _enough_devices(workload: Workload, machine: Machine, extra: float) -> Advic
             return None
         if fits_by_formula(longer, machine, extra / factor):
             total = memory_of(longer, machine.device.platform).total + extra / factor
-            return Advice(f"{devices * factor} devices, --mesh.seq {seq * factor}", total, True)
+            mesh = longer.config.mesh
+            axes = " ".join(f"--mesh.{axis} {size}" for axis in MESH_AXES if (size := getattr(mesh, axis)) > 1)
+            return Advice(f"{devices * factor} devices, {axes}", total, True)
         factor *= 2
     return None

@@ -197,7 +197,7 @@ def read_tokens(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.strip())
     tokens = float(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2].lower()] if found else 0
     if tokens < 1 or tokens != int(tokens) or tokens > MOST_TOKENS:
-        raise UserError(f"--tokens {text}: expected a number of tokens below 2^31, such as 32768, 512k or 8M")
+        raise UserError(f"--tokens {text}: expected a whole number of tokens below 2^31, such as 32768, 512k or 8M")
     return int(tokens)
 
 

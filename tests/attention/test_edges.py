@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from ringrl.attention import attention, decode_attention, ring_attention
+from ringrl.attention import attention, decode_attention, ring_attention, ring_attention_shard
 from ringrl.attention.attend import LOCAL
 from ringrl.attention.attend import attend as local_attention
 from ringrl.attention.contract import Cotangents, Inputs, by_head
@@ -264,6 +264,14 @@ def test_invalid_arguments_are_named(draw):
     for name, changes in wrong:
         with pytest.raises(ValueError, match=f"^{name}: "):
             attention(**({"q": q, "k": k, "v": v} | changes))
+    with pytest.raises(ValueError, match=r"^q: expected axes \(batch, .* got q \(6, 4, 8\), k \(2, 6, 2, 8\), v "):
+        attention(q[0], k, v)
+
+
+def test_a_shard_needs_a_surrounding_shard_map(draw):
+    q, k, v = (draw(2, 6, 4, 2, 8)[name] for name in NAMES)
+    with pytest.raises(ValueError, match=r"^axis_name: 'seq' is not an axis of a surrounding jax.shard_map"):
+        ring_attention_shard(q, k, v)
 
 
 def test_implementation_by_name(draw):

@@ -118,5 +118,5 @@ def test_runs_where_only_jax_numpy_and_jaxtyping_are_installed():
 def test_rings_list_and_check_the_keywords_of_attention(function, own):
     assert set(inspect.signature(attention).parameters) <= set(inspect.signature(function).parameters)
     x = jnp.ones((1, 8, 2, 4))
-    with pytest.raises(TypeError, match=r"^got an unexpected keyword argument 'causal'$"):
+    with pytest.raises(TypeError, match=rf"^{function.__name__}: got an unexpected keyword argument 'causal'$"):
         function(x, x, x, **own, causal=True)

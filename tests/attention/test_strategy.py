@@ -48,7 +48,7 @@ def test_hiding_length():
         ((64, 8, 8, 8), "NVIDIA H100 80GB HBM3", "ulysses", "8 heads divide over 8 devices"),
         ((64, 8, 6, 6), "NVIDIA H100 80GB HBM3", "all_gather", "do not hide a hop"),
         ((64, 8, 16, 1), "TPU v4", "all_gather", "do not hide a hop"),
-        ((64, 8, 8, 8), "Abacus 3000", "ring", "the link speed of 'Abacus 3000' is unknown"),
+        ((64, 8, 8, 8), "Abacus 3000", "ring", "no link speed is listed for 'Abacus 3000'"),
     ],
 )
 def test_choices_and_reasons(arguments, kind, strategy, reason):

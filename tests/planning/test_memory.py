@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ringrl.planning.ahead_of_time import compile_step
 from ringrl.planning.machines import GIB, find_machine
-from ringrl.planning.memory import listed_tiles_fit, longest_context, memory_of
+from ringrl.planning.memory import fits_by_formula, listed_tiles_fit, longest_context, memory_of
 from ringrl.planning.workload import Workload, find_model
 
 CASES = {
@@ -99,15 +99,24 @@ def test_order_of_attention_kinds_by_longest_context():
     remat=st.sampled_from(["none", "layers", "full"]),
     block=st.sampled_from([512, 4096]),
 )
-def test_longest_context_fits_and_the_next_does_not(devices, kind, remat, block):
+def test_longest_context_fits_and_no_longer_one_does(devices, kind, remat, block):
     machine = dataclasses.replace(find_machine("8xa100"), devices=devices)
     workload = shape("3b", 64, seq=devices).with_settings("model", attention=kind, remat=remat, block_tokens=block)
-    tokens = longest_context(workload, machine)
-    totals = [memory_of(workload.with_tokens(tokens + extra * workload.multiple), "gpu").total for extra in (0, 1)]
-    if tokens:
-        assert totals[0] <= machine.device.memory < totals[1]
-    else:
-        assert totals[1] > machine.device.memory
+    tokens, multiple = longest_context(workload, machine), workload.multiple
+    assert tokens == 0 or fits_by_formula(workload.with_tokens(tokens), machine)
+    of_block = devices * block
+    after_edges = [(tokens // of_block + blocks) * of_block + multiple for blocks in range(1, 9)]
+    for longer in [tokens + multiple, tokens + 2 * multiple, *after_edges, 2 * tokens + multiple]:
+        assert not fits_by_formula(workload.with_tokens(longer), machine)
+
+
+def test_a_context_of_two_blocks_needs_less_memory_than_one_of_one_block():
+    """A whole feed-forward layer keeps its hidden units for the backward pass."""
+    workload = shape("30b", 8, tensor=4, seq=4).with_settings("model", remat="none")
+    machine, edge = find_machine("16xa100"), 4 * workload.model.block_tokens
+    fitting = [fits_by_formula(workload.with_tokens(edge + tokens), machine) for tokens in (0, workload.multiple)]
+    assert fitting == [False, True]
+    assert longest_context(workload, machine) > edge
 
 
 def test_no_context_fits_without_memory_for_parameters():

@@ -31,7 +31,7 @@ def test_plan_from_the_formula(capsys):
     for part in ("parameters", "optimiser", "activations", "scratch", "total", "MFU", "assumed"):
         assert part in text
     assert "\nfits, with " in text
-    assert "longest context that fits" in text
+    assert "longest context that fits on this mesh: " in text
 
 
 def test_plan_that_does_not_fit_gives_the_excess_and_advice(capsys, made):

@@ -38,11 +38,13 @@ def test_one_long_context_uses_the_ring():
 
 def test_error_without_a_mesh_suggests_changes():
     with pytest.raises(
-        UserError, match=r"no mesh of 8 devices divides 1 contexts of 1001 tokens.*multiple of 64, other"
+        UserError, match=r"no mesh of 8 devices divides 1 context\(s\) of 1001 tokens.*multiple of 64, other"
     ):
         best_meshes(shape("7b", 1001), find_machine("8xa100"))
-    with pytest.raises(UserError, match=r"other --contexts, or another number of devices"):
-        best_meshes(shape("7b", 8192), find_machine("7xa100"))
+    with pytest.raises(UserError, match=r"use other --contexts or another number of devices"):
+        best_meshes(shape("7b", 7 * 8192), find_machine("7xa100"))
+    with pytest.raises(UserError, match=r"with strategy ulysses; use --strategy ring, other --contexts or another"):
+        best_meshes(shape("7b", 2**20).with_settings("model", strategy="ulysses"), find_machine("64xa100"))
     assert best_meshes(shape("7b", 1024), find_machine("8xa100"))
     assert best_meshes(shape("7b", 8192, contexts=7), find_machine("7xa100"))
 

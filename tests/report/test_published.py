@@ -109,7 +109,9 @@ def test_what_a_step_sees(page: str) -> None:
     for actions in ("on", "off"):
         for window, seen in windows.items():
             method = f"Agentic Transformer, episode window {window}, past actions {actions}"
-            shown = " | ".join(_interval(table.loc[task, method]) for task in ("cartpole_swingup", "cheetah_run", *TASKS))
+            shown = " | ".join(
+                _interval(table.loc[task, method]) for task in ("cartpole_swingup", "cheetah_run", *TASKS)
+            )
             assert f"| {actions} | {seen} | {shown} |\n" in tables
             if actions == "on":
                 tasks = ("cheetah_run", "cartpole_swingup")[: 1 if window == "20" else 2]
