@@ -35,7 +35,7 @@ def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
     device, and the loss of training steps with the CPU's. The exit code is 1 if something is wrong.
 
     Args:
-        json: also write all lines to this file.
+        json: also write all lines, by section, and the measured numbers to this file.
         save: write the measured speed to this file, for `ringrl plan --machine FILE`.
 
     Raises:
@@ -52,7 +52,7 @@ def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
             pass
     _await_devices()
     os.environ["RINGRL_KERNEL_CHECK"] = "off"  # the doctor checks kernels itself, without a fallback to plain XLA
-    console, found, rates = Console(highlight=False), list[Finding](), dict[str, Any]()
+    console, found, rates = Console(highlight=False), dict[str, list[Finding]](), dict[str, Any]()
     sections: dict[str, Callable[[], Iterator[Finding]]] = {
         "This machine": _machine,
         "Attention against its definition": _attention,
@@ -62,18 +62,21 @@ def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
     }
     for title, section in sections.items():
         console.print(f"\n[bold]{title}[/bold]")
+        found[title] = []
         for finding in _findings(title, section):
-            found.append(finding)
+            found[title].append(finding)
             mark = "" if finding.is_fine else "[red]wrong[/red]  "
             console.print(f"  {finding.name:<24}{mark}{finding.text}", soft_wrap=True)
     is_measured = "devices" in rates  # set last
-    lines = json_module.dumps([one._asdict() for one in found], indent=1)
-    for path, text in ((json, lines), (save if is_measured else None, to_yaml(rates))):
+    by_section = {title: [one._asdict() for one in lines] for title, lines in found.items()}
+    report = json_module.dumps({"sections": by_section, "measured": rates}, indent=1)
+    for path, text in ((json, report), (save if is_measured else None, to_yaml(rates))):
         if path is not None:
             with explain_write_errors(path):
                 write_whole(path, text, alone=False)
-    wrong = [one for one in found if not one.is_fine]
-    print(f"\n{len(wrong)} of {len(found)} lines are wrong" if wrong else "\nall is well")
+    every = [one for lines in found.values() for one in lines]
+    wrong = [one for one in every if not one.is_fine]
+    print(f"\n{len(wrong)} of {len(every)} lines are wrong" if wrong else "\nall is well")
     if save is not None and not is_measured:
         print(f"ringrl doctor: {save}: not written, because the speed was not measured", file=sys.stderr)
     for one in wrong:
