@@ -58,30 +58,31 @@ class ContextConfig(Section):
     order: Literal["ascending", "descending", "history", "random"] = "ascending"
     """Order of the trajectories: by return (ascending is chain of hindsight), as collected (history), or random."""
     target: Literal["best", "own", "none"] = "best"
-    """Start of each return-to-go: the best return in the context, or the trajectory's own return. With none,
-    return-to-go and completion are zero (algorithm distillation)."""
+    """Start of each return-to-go: the best return in the context, or the trajectory's own return. none: return-to-go
+    and completion are zero (algorithm distillation)."""
     sampling: Literal["uniform", "return_stratified", "history_window", "fixed"] = "uniform"
     """How trajectories are drawn. uniform: all equally likely. return_stratified: evenly from ten equal ranges of
     return. history_window: consecutive episodes (algorithm distillation, with order history). fixed: one uniform draw
     that every step repeats."""
     other_tasks: tuple[str, ...] = ()
-    """Further tasks to train on. Each context has the rewards of one task, drawn uniformly from these and the run's.
-    Only the trajectories in the context identify the task to the model."""
+    """Further tasks to train on. Each context has the rewards of one task, drawn uniformly from these tasks and
+    the run's task. Only the trajectories in the context identify the task to the model."""
     max_transitions: int | None = Field(None, ge=1)
     """Cap on transitions. Whole episodes are taken in seed-shuffled order, so a smaller cap is a subset of a larger."""
     best_fraction: float = Field(1.0, gt=0, le=1)
-    """Fraction of the remaining episodes to keep, highest returns first (0.1 with behaviour cloning is BC-10%). With
-    several tasks, each task keeps the best episodes by its own returns."""
+    """Fraction of the episodes (within max_transitions) to keep, highest returns first: 0.1 with behaviour cloning is
+    BC-10%. With several tasks, each task keeps the best episodes by its own returns."""
     history_stride: int = Field(1, ge=1)
-    """With sampling history_window: take every k-th episode. A context then spans a longer part of the history."""
+    """With sampling history_window: take every k-th episode, so that a context spans a longer part of the history."""
     segment_steps: int | None = Field(None, ge=1)
-    """Steps of each trajectory, if trajectories are segments of episodes. A short context then holds many."""
+    """Steps of each trajectory, if trajectories are segments of episodes. A short context then holds many
+    trajectories."""
     segment_start_share: float = Field(0.5, ge=0, le=1)
     """Share of segments that begin with their episode. The others begin anywhere, with their own return-to-go."""
     first_steps: int = Field(20, ge=1)
     """Number of steps that `first_steps_weight` applies to."""
     first_steps_weight: float = Field(1.0, gt=0)
-    """Loss weight of the first steps of each trajectory; others have 1. ICRT (2408.15980) uses 50."""
+    """Loss weight of the first steps of each trajectory; other steps have 1. ICRT (2408.15980) uses 50."""
 
     @property
     def window(self) -> int:
@@ -128,7 +129,7 @@ class ModelConfig(Section):
     """Distribution of actions: mse (mean, tanh), gaussian (mean and state-dependent width) or bins (21 values per
     component). mse and gaussian average over modes. categorical: for discrete actions."""
     action_choice: Literal["mode", "mean"] = "mode"
-    """Action that the head bins takes: the likeliest values (mode) or the mean. Training does not depend on this."""
+    """Action of the head bins: the most likely values (mode) or the mean. Without effect on training."""
     loss_on: Literal["all", "last"] = "all"
     """Trajectories that the loss imitates: all, or the last of the context (the best one, with order ascending)."""
     layers: int = Field(3, ge=1, le=2**16)
@@ -142,12 +143,12 @@ class ModelConfig(Section):
     feed_forward: int = Field(4, ge=1, le=2**10)
     """Width of the feed-forward layer, as a multiple of the width."""
     attention: Literal["vanilla", "memory_efficient", "blockwise", "ring"] = "ring"
-    """How attention is computed; the result is the same. vanilla: all logits at once. memory_efficient: in tiles.
+    """How attention is computed, with the same result. vanilla: all logits at once. memory_efficient: in tiles.
     blockwise: the feed-forward layer in blocks, too. ring: keys circulate between devices instead of being gathered."""
     strategy: Strategy = "ring"
-    """How attention ring gets the keys of other devices. Without effect if mesh.seq is 1. ring: keys circulate.
-    ulysses: devices exchange tokens for heads (2309.14509). ulysses_ring: so do groups of mesh.ulysses devices, and
-    keys circulate among the groups (2405.07719). all_gather: every device holds all keys. auto: ring, ulysses or
+    """How ring attention gets the keys of other devices. Without effect if mesh.seq is 1. ring: keys circulate.
+    ulysses: devices exchange tokens for heads (2309.14509). ulysses_ring: ulysses within groups of mesh.ulysses
+    devices, ring between the groups (2405.07719). all_gather: every device holds all keys. auto: ring, ulysses or
     all_gather, chosen by length, heads and link speed; `ringrl plan` prints the choice."""
     bidirectional: bool = False
     """Send half of the key heads around the ring in the opposite direction. Without effect if mesh.seq is 1."""
@@ -162,8 +163,8 @@ class ModelConfig(Section):
     trajectory_embedding: bool = False
     """Add a learned embedding of the trajectory's index in the context."""
     episode_window: Annotated[tuple[Window, ...], _as_tuple] = ()
-    """Steps of its own episode that a step sees, itself included; it always sees all earlier trajectories. One value,
-    or one for each layer. none: the whole episode so far; 0: earlier trajectories only."""
+    """Steps of its own episode that a step sees, this step included. All earlier trajectories stay visible. One value,
+    or one for each layer. none: the whole episode so far. 0: earlier trajectories only."""
     past_actions: Literal["on", "off"] = "on"
     """Whether the model sees the actions of earlier steps."""
     past_rewards: Literal["on", "off"] = "on"
@@ -213,7 +214,7 @@ class ActorCriticConfig(Section):
     discount: float = Field(0.99, ge=0, lt=1)
     """Discount of rewards, per step."""
     n_step: int = Field(1, ge=1)
-    """Rewards summed before bootstrapping; fewer at the end of an episode, which counts as a truncation."""
+    """Rewards summed before bootstrapping, fewer at the end of an episode. An end counts as a truncation."""
     behaviour_cloning: float = Field(0.4, ge=0)
     """Weight of the squared distance to the data's action, relative to a value scaled to one (1 / alpha in the paper).
     0 is TD3 without imitation."""
@@ -269,7 +270,7 @@ class OptimiserConfig(Section):
     accumulation: int = Field(1, ge=1)
     """Parts of a batch that are computed one after the other. More parts save memory. Must divide the batch."""
     skipped_steps: int = Field(5, ge=0)
-    """Consecutive steps with non-finite loss, gradients or new parameters before the run stops. Such steps change no
+    """Allowed number of consecutive steps with non-finite loss, gradients or new parameters. Such steps change no
     parameter."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
@@ -310,20 +311,20 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints. A killed run repeats at most this many."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints to keep, in addition to the best (lowest held-out loss; without one, lowest training loss)."""
+    """Newest checkpoints to keep, in addition to the best (lowest held-out loss, or else lowest training loss)."""
     log_every: int = Field(10, ge=1)
     """Steps between writes of metrics.jsonl, which has one line per step."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Additional loggers. wandb writes offline to the run's folder, unless WANDB_MODE is set."""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
-    """Fraction of the episodes to hold out of training, with returns like those of the others. The held-out
-    loss is reported and selects the best checkpoint."""
+    """Fraction of the episodes to hold out of training, spread over all returns. The loss on these episodes (held-out
+    loss) is reported and selects the best checkpoint."""
     validate_every: int = Field(100, ge=1)
-    """Steps between measurements of the held-out loss. It is also measured at planned checkpoints."""
+    """Steps between measurements of the held-out loss. Planned checkpoints measure it, too."""
     stop_after: int | None = Field(None, ge=1)
     """End the run after this many measurements in a row without a new lowest held-out loss, or after optimiser.steps.
-    Use a constant schedule, since the others decay until optimiser.steps. td3_bc ignores this setting: its held-out
-    loss measures imitation, which it does not minimise."""
+    Use a constant schedule, since other schedules decay until optimiser.steps. td3_bc ignores this setting: its
+    held-out loss measures imitation, which it does not minimise."""
     context: ContextConfig = ContextConfig()
     """Contexts (td3_bc uses only max_transitions and best_fraction)."""
     model: ModelConfig = ModelConfig()
@@ -387,7 +388,7 @@ class DistributedConfig(Section):
     start_timeout: int = Field(300, ge=1)
     """Seconds to wait until all processes are connected."""
     heartbeat_timeout: int = Field(30, ge=2)
-    """Seconds without a heartbeat after which a process counts as lost, which ends the run."""
+    """Seconds without a heartbeat after which a process counts as lost and the run ends."""
 
     @pydantic.model_validator(mode="after")
     def _check_address(self) -> Self:

@@ -102,7 +102,7 @@ def attention(
     """Compute softmax(scale * q k^T) v over the visible keys of each query, in O(S + T) memory.
 
     If there are fewer queries than keys, the queries have the last positions by default. A single context needs no
-    batch axis. Without queries, the result is empty; without keys, it is 0. Output and log-sum-exp have the checkpoint
+    batch axis. Without queries, the result is empty. Without keys, it is 0. Output and log-sum-exp have the checkpoint
     name "ring_attention": under jax.checkpoint, the policy save_only_these_names("ring_attention") of
     jax.checkpoint_policies avoids computing attention twice.
 
@@ -113,26 +113,26 @@ def attention(
         D and Dv differ, the narrower arrays are padded with zeros.
       is_causal: a query sees keys at its own and earlier positions only.
       local_window_size: a query at position p sees keys in [p - left, p + right]; an int means both sides.
-      global_prefix: (B, S) or (S,) positions, one for each query. The window does not hide keys before this position,
-        but the causal mask and the segments do. With the start of each query's own document, the query sees all earlier
-        documents and a window of its own. A window (-1, 0) shows only the prefix.
+      global_prefix: (B, S) or (S,) positions, one for each query. The window hides no keys before this position, but
+        the causal mask and the segments do. If this position is the start of the query's own document, the query sees
+        all earlier documents and a window of its own document. A window (-1, 0) shows only the prefix.
       segment_ids, key_segment_ids: (B, S) or (S,), and (B, T) or (T,) integers; a query sees keys of its own
         segment only. If S = T, keys have the segments of the queries by default.
       positions, key_positions: integers of the same shapes, less than 2**31 apart; by default T - S ... T-1 and
-        0 ... T-1. If S = T, keys have the positions of the queries by default. Only the mask uses them; rotary
-        embeddings are up to the caller.
+        0 ... T-1. If S = T, keys have the positions of the queries by default. Only the mask and
+        alibi_slopes use positions. The caller applies rotary embeddings.
       query_seq_lengths, key_value_seq_lengths: (B,) or () number of tokens in each context. Later queries see nothing,
         and later keys are hidden. Default positions do not depend on these lengths.
-      scale: factor on the logits, 1/sqrt(D) by default. An array () may be traced and has a gradient; q is multiplied
-        by it and rounded to q's dtype.
+      scale: factor on the logits, 1/sqrt(D) by default. An array () may be traced and has a gradient. It multiplies q,
+        and the product is rounded to q's dtype.
       logits_soft_cap: logits become cap * tanh(logits / cap). An array () may be traced and has a gradient.
-      sinks: (H,) one extra logit for each head, in the denominator only. It is neither scaled nor capped, and the
+      sinks: (H,) one extra logit for each head, in the denominator only. A sink is neither scaled nor capped, and the
         log-sum-exp includes it. A query without visible keys gives 0, and the sink as log-sum-exp.
       alibi_slopes: (H,) logits fall by slope * |position of the query - position of the key| (ALiBi, 2108.12409),
         after the soft cap.
       implementation: the kernel. None selects "mosaic_tpu" on TPUs, "mosaic_gpu" on Hopper GPUs, "cudnn" on other
         NVIDIA GPUs since Ampere, and "xla" (tiled attention in plain XLA) elsewhere. For unsupported inputs, None falls
-        back to "xla" and logs a warning, and a kernel selected by name raises ValueError. "autodiff" leaves
+        back to "xla" and logs a warning. A kernel selected by name raises ValueError instead. "autodiff" leaves
         differentiation to JAX: it is slower, but has forward-mode derivatives (jax.jvp). None selects "autodiff" for
         alibi_slopes and a traced cap.
       return_residual: also return the log-sum-exp (B, S, H) float32, differentiable.
@@ -182,16 +182,16 @@ def ring_attention(
     Args:
       q, k, v: as for `attention`; the lengths of queries and keys divide into the layout's chunks.
       mesh: the devices.
-      axis_name: the mesh axis of the sequence. A tuple of axes is one long ring, the last axis fastest; for
-        "ulysses_ring" it is (ring axis, Ulysses axis).
+      axis_name: the mesh axis of the sequence. A tuple of axes is one long ring, the last axis fastest. The strategy
+        "ulysses_ring" needs the tuple (ring axis, Ulysses axis).
       layout: "contiguous" | "striped" | "zigzag": the order of the tokens.
       strategy, bidirectional: as for `ring_attention_shard`.
       batch_axes, head_axes: mesh axes over which batch and heads are sharded, if any. If both are None and q is a
-        concrete array on this mesh, they are taken from q's sharding.
+        concrete array on this mesh, q's sharding gives the axes.
       options: the keywords of `attention` (is_causal, segment_ids, scale, ...). Default positions are
         `layout_positions`, shifted by T - S for queries.
 
-    Returns and raises as `attention`, sharded like q.
+    Returns and raises as `attention`. The result is sharded like q.
     """
     ring_size = arguments.mesh_size(mesh, "axis_name", axis_name)
     for name, x in (("q", q), ("k", k)):
@@ -234,10 +234,10 @@ def ring_attention_shard(
     Args:
       q, k, v, segment_ids, key_segment_ids, positions, key_positions, global_prefix: this device's tokens, in layout
         order.
-      query_seq_lengths, key_value_seq_lengths: of the whole sequence.
+      query_seq_lengths, key_value_seq_lengths: tokens of the whole sequence, not of this device.
       strategy: "ring": keys and values travel, memory is constant in the ring size. "ulysses": all-to-all from tokens
-        to heads. "ulysses_ring": both, over a pair of axes. "all_gather": keys and values to every device. "auto":
-        the result of `choose_strategy`.
+        to heads. "ulysses_ring": Ulysses and a ring, over a pair of axes. "all_gather": every device
+        gets all keys and values. "auto": the result of `choose_strategy`.
       bidirectional: half of the key heads travel in the opposite direction, which uses both directions of the links.
         Used by "ring" and "ulysses_ring". A window that needs few hops sends all heads in the shorter direction.
       sinks, alibi_slopes: (local heads,).
@@ -314,8 +314,8 @@ def as_attention_fn(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array
         nnx.MultiHeadAttention(..., attention_fn=as_attention_fn(attend))
 
     The options of `attend` (is_causal, segment_ids, ...) define the mask. Any mask array, a bias or dropout raises
-    ValueError; so does decode=True of a layer, which makes a mask. Flax passes is_causal=False by default, so False is
-    ignored: set is_causal on `attend`.
+    ValueError. A layer's decode=True makes a mask, and therefore raises ValueError, too. Flax passes is_causal=False by
+    default, so False is ignored: set is_causal on `attend`.
     """
 
     def attention_fn(

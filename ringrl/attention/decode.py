@@ -71,9 +71,9 @@ def decode_attention(
     Args:
       q: queries (B, N, H, D) of tokens length - N ... length - 1.
       k_cache, v_cache: (B, C, Hkv, D) and (B, C, Hkv, Dv), filled up to `length` (`append_to_cache`). Later slots are
-        ignored but must be finite. q is rounded to their dtype.
+        ignored but must be finite. q is rounded to the caches' dtype.
       length: tokens in the cache, including the new ones: () or, for contexts of different lengths, (B,).
-      prefix: tokens before the cache. P prefixes, where P divides B, are each shared by B / P consecutive contexts.
+      prefix: tokens before the cache. P must divide B, and each of P prefixes is shared by B / P consecutive contexts.
       local_window_size, scale, logits_soft_cap, sinks, alibi_slopes, return_residual: as for `attention`.
       global_prefix: (B, N) or (N,), as for `attention`.
       position_of: an increasing function from a token's index to its position in the mask, by default the identity.
@@ -87,7 +87,7 @@ def decode_attention(
 
     Raises:
       ValueError: invalid shapes, heads or dtypes; a concrete `length` outside N ... C, or a prefix length outside
-        0 ... its capacity; the number of prefixes and the size of `batch_axes` do not divide each other.
+        0 ... its capacity; a number of prefixes that neither divides the size of `batch_axes` nor is a multiple of it.
     """
     arguments.check_arrays(q, k_cache, v_cache, ("k_cache", "v_cache"), of_cache=True)
     (batch, new), capacity = q.shape[:2], k_cache.shape[1]
@@ -248,8 +248,8 @@ def append_to_cache(
 ) -> Float[Array, "batch capacity kv_heads head_dim"]:
     """Write new tokens after the first `length` tokens of a cache, in place if the caller's jit donates the cache.
 
-    Arguments as for `decode_attention`, but `length` excludes the new tokens. `grow_cache` raises the capacity.
-    ValueError for invalid shapes, or more tokens than capacity; with a traced `length`, writing beyond is undefined.
+    Arguments are as for `decode_attention`, but `length` excludes the new tokens. `grow_cache` raises the capacity.
+    Raise ValueError for invalid shapes or too many tokens. Too many tokens with a traced `length` are undefined.
     """
     if new.shape[1] > cache.shape[1]:
         raise ValueError(f"new: {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
@@ -308,7 +308,7 @@ def grow_cache(
 ) -> Float[Array, "batch new_capacity kv_heads head_dim"]:
     """Return the cache with a larger capacity. Doubling the capacity keeps the number of compiled programs small.
 
-    ValueError for a capacity that is smaller, or that the number of devices does not divide.
+    Raise ValueError for a smaller capacity, or a capacity that the number of devices does not divide.
     """
     if capacity < cache.shape[1]:
         raise ValueError(f"capacity: expected at least the cache's {cache.shape[1]} tokens, got {capacity}")

@@ -15,9 +15,8 @@ a ring of 4:
     striped          28     |     32     |     36     |     40
     zigzag           34     |     34     |     34     |     34
 
-Zigzag balances causal work because each device pairs an early chunk, whose queries see few keys, with the late chunk
-that sees as many more. Tiles stay fully visible or fully hidden off the diagonal, while striped makes every tile
-partial.
+Zigzag balances causal work because each device pairs an early chunk, whose queries see few keys, with a late chunk,
+whose queries see many. Off the diagonal, zigzag tiles are fully visible or fully hidden. Every striped tile is partial.
 """
 
 import jax
@@ -69,7 +68,7 @@ def shard_positions(
 def layout_positions(layout: str, length: int, ring_size: int) -> Int32[Array, " length"]:
     """Return the position of each token of a whole sequence in layout order: to_layout(arange(length)).
 
-    Position embeddings of arrays in layout order take these positions. ValueError as for `to_layout`.
+    Position embeddings of arrays in layout order need these positions. Raise ValueError as `to_layout` does.
     """
     check_length("length", length, layout, ring_size)
     shards = [shard_positions(layout, ring_size, length // ring_size, index) for index in range(ring_size)]
@@ -106,9 +105,9 @@ def _checked(x: Array, axis: int) -> jax.Array:
 def to_layout(x: Array, layout: str, ring_size: int, axis: int = 1) -> Array:
     """Permute a sequence axis of any array into layout order, ready to be sharded over a ring of `ring_size` devices.
 
-    For a ring over several mesh axes, `ring_size` is the product of their sizes.
-    `layout` is "contiguous", "striped" or "zigzag". The shape stays. ValueError for an unknown layout, a length that
-    does not divide, or integers beyond 32 bits.
+    For a ring over several mesh axes, `ring_size` is the product of their sizes. `layout` is
+    "contiguous", "striped" or "zigzag". The shape does not change. Raise ValueError for an unknown layout, a length
+    that does not divide, or integers beyond 32 bits.
     """
     return _permute(x, layout, ring_size, axis, back=False)
 
@@ -124,7 +123,7 @@ def pad_to_layout(x: Array, layout: str, ring_size: int, axis: int = 1, *, value
     A causal mask hides the padding from earlier tokens. Without a causal mask, give the padding its own segment id:
     pad_to_layout(segment_ids, ..., value=some_unused_id).
 
-    ValueError for an unknown layout, an axis out of range, or a value that x's integer dtype cannot represent.
+    Raise ValueError for an unknown layout, an axis out of range, or a value that x's integer dtype cannot represent.
     """
     x = _checked(x, axis)
     if jnp.issubdtype(x.dtype, jnp.integer) and not (

@@ -29,9 +29,9 @@ def device_of(x: jax.Array) -> DeviceKind:
 
 
 def ring_order(devices: Sequence[Any], ring_size: int | None = None) -> list[Any]:
-    """Return the devices in an order in which every `ring_size` of them (default: all) form a ring of neighbours.
+    """Return the devices in an order in which each group of `ring_size` (default: all) is a ring of neighbours.
 
-    On a grid of TPU chips (v5e, v6e) a ring is a closed walk through a rectangle of chips. On v5e slices of 32 chips
+    On a grid of TPU chips (v5e, v6e), a ring is a closed walk through a rectangle of chips. On v5e slices of 32 chips
     and more, XLA overlaps a transfer with a kernel only if each chip sends to a neighbour. Other devices, and rings
     without such a walk (odd, or one row), keep their order.
     """
@@ -105,7 +105,7 @@ def link_of(device_kind: str) -> Link | None:
 
 
 def hiding_length(link: Link, heads: int, kv_heads: int, itemsize: int, *, is_causal: bool) -> float:
-    """Return the tokens per device from which a hop of the ring hides behind the kernel.
+    """Return the smallest number of tokens per device for which the kernel hides a hop of the ring.
 
     A hop carries 2 c Hkv D values for 4 c^2 H D operations (half of that under a balanced causal mask). Therefore
     c = 2 Hkv itemsize F / (4 H W), or twice that if causal, with F attained operations and W bytes per second.
@@ -126,8 +126,8 @@ def choose_strategy(
 ) -> Choice:
     """Return the strategy of "auto" with its reason, for `local_length` tokens on each of `ring_size` devices.
 
-    `heads` and `kv_heads` are those on each device, `device_kind` is as of jax.devices()[0], and `itemsize` is the
-    number of bytes per value of k.
+    `heads` and `kv_heads` count the heads on each device. `device_kind` is that of jax.devices()[0], and `itemsize` is
+    the number of bytes per value of k.
     """
     if ring_size == 1:
         return Choice("ring", "the sequence is on one device")

@@ -55,9 +55,9 @@ def import_(
 ) -> None:
     """Import ExoRL archives, a Minari dataset or your own episodes into an episode store.
 
-    Archives (zip files or folders) are relabelled for all tasks of their domain. Other formats keep their
-    recorded rewards and accept only the flags --environment, --reference-returns, --output and --overwrite. An
-    interrupted import leaves no store: run the same command again.
+    ExoRL archives (zip files or folders) get the rewards of all tasks of their domain. Other formats keep the recorded
+    rewards and accept only the flags --environment, --reference-returns, --output and --overwrite. An interrupted
+    import leaves no store: run the same command again.
 
     Args:
         archives: zip files or folders of one domain with buffer/episode_{index}_{length}.npz. With another --format:
@@ -65,16 +65,16 @@ def import_(
         domain: walker, cheetah, cartpole, jaco, quadruped or point_mass_maze. Required for an ExoRL archive.
         format: format of ARCHIVES. npz: a file per episode with observation, action, reward and, if known, terminated.
             hdf5: all steps in observations, actions, rewards, terminals and timeouts, as in D4RL.
-        environment: Gymnasium environment of the data, for example Hopper-v5. Default: that of the Minari dataset.
-        reference_returns: mean returns of random actions and of an expert, which score 0 and 100. Default: those of the
-            Minari dataset, or else D4RL's.
+        environment: Gymnasium environment of the data, for example Hopper-v5. Default: the Minari dataset's.
+        reference_returns: mean returns of random actions and of an expert, which score 0 and 100. Default: the Minari
+            dataset's, or else D4RL's.
         output: store to write. Default: the archive's name with suffix .h5 (other formats: in the working directory).
             Required for several archives.
         overwrite: replace an existing store.
         subset: episodes to take if an archive has more than --max-episodes (spread: evenly spaced).
         max_episodes: maximum number of episodes of each archive.
-        tasks: tasks to compute rewards for. Default: all tasks of the domain. In the maze, any goal in a room is
-            possible, for example "point_mass_maze_reach(-0.1,0.25)" (metres).
+        tasks: tasks to compute rewards for. Default: all tasks of the domain. In the maze, a goal may be anywhere in a
+            room, for example "point_mass_maze_reach(-0.1,0.25)" (metres).
     """
     given = locals()
     from ringrl.data.store.summary import describe
@@ -176,8 +176,8 @@ def collect(
             gymnasium:HalfCheetah-v5.
         output: folder to create. Episodes are written to OUTPUT/buffer/.
         method: scripted searches the parameters of a scripted controller, td3 learns a policy.
-        episodes: number of episodes. Default: 200,000 transitions, which are 200 episodes (800 in jaco) and take 1 to 4
-            minutes (scripted) or 10 to 20 (td3). ExoRL's archives have 10,000,000 transitions.
+        episodes: number of episodes. Default: 200,000 transitions, which are 200 episodes (800 in jaco). They take 1 to
+            4 minutes (scripted) or 10 to 20 (td3). ExoRL's archives have 10,000,000 transitions.
         seed: the same seed gives the same episodes on the same machine, for any number of workers.
         workers: processes (scripted only). Default: one per available core.
     """

@@ -31,8 +31,8 @@ class Finding(NamedTuple):
 def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
     """Check in a minute or two that this machine computes the right numbers, and measure its speed.
 
-    Attention and its gradients are compared with their definition in float64, a ring over all local devices with one
-    device, and the loss of training steps with the CPU's. The exit code is 1 if something is wrong.
+    Attention and its gradients are compared with their definition in float64, and a ring over all local devices with
+    one device. Training steps must give the CPU's losses. The exit code is 1 if something is wrong.
 
     Args:
         json: also write all lines, by section, and the measured numbers to this file.

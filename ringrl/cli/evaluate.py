@@ -50,30 +50,30 @@ def evaluate(
     Args:
         checkpoint: folders of runs made by `ringrl train`. Without one, uniform random actions are taken in --tasks.
         tasks: tasks to act in, or all-of-domain; by default the task of each checkpoint.
-        environment: Gymnasium environment to act in, instead of --tasks: Hopper-v5, or myenv:Point-v0 for one that the
-            module myenv registers.
+        environment: Gymnasium environment to act in, instead of --tasks, for example Hopper-v5. myenv:Point-v0 first
+            imports the module myenv, which registers the environment.
         episodes: episodes per stream.
         environments: number of streams, which are rolled out together.
         seed: first environment seed. Episode k of stream i starts from seed + i * episodes + k.
         target: target return: best (of the training data), a return in units of the task (800), a multiple of the best
-            (0.9x), or a quantile of the training data's returns (q0.75); methods without a target return ignore it.
+            (0.9x), or a quantile of the training data's returns (q0.75). Methods without a target return ignore it.
         prompt_trajectories: trajectories of the training data in the context before the first episode.
         prompt_seed: seed of the random draw of the prompt.
         prompt_task: draw the prompt from another task of the dataset, as a control.
         prompt_rewards: zero hides the rewards of the prompt, as a control.
         prompt_order: shuffled puts the prompt's trajectories in random order, as a control.
-        policy: a baseline instead of the trained policy. copy: each action is that of the prompt's step with the
-            nearest normalised observation. clone: a feed-forward network trained on the prompt alone.
+        policy: a baseline instead of the trained policy. copy: the action of the prompt's step with the nearest
+            normalised observation. clone: a feed-forward network trained on the prompt alone.
         data: path of the training data if it has moved (read for a prompt, a quantile, another task's best, and means).
-        control: also roll out the same episodes with the memory cleared before each (the prompt stays).
+        control: also roll out the same episodes with the memory cleared before each episode (the prompt stays).
         step: step of the checkpoint, instead of --checkpoint-kind.
-        checkpoint_kind: last (newest) or best (lowest loss on held-out episodes; in runs without them, lowest training
-            loss).
+        checkpoint_kind: last (newest) or best (lowest held-out loss, or in runs without held-out episodes lowest
+            training loss).
         output: results file (.jsonl); by default evaluation.jsonl in each run's folder.
         again: repeat finished evaluations.
         video: also write videos of the first, the median and the best episode, into a folder next to the results file.
         side_by_side: with --video, write one video instead: the first, the middle and the last episode of the context
-            of median return, next to the --control.
+            of median return, next to the control.
         video_format: format of the videos. gif and apng have 10 to 13 frames per second.
         video_speed: speed of the videos as a multiple of the simulated time.
         step_timeout: seconds that a reset or a step of a Gymnasium environment may take before its stream ends.

@@ -19,16 +19,16 @@ def ablate(
 ) -> None:
     """Train and evaluate all cells of a plan: tasks x methods x context lengths x seeds, and baselines.
 
-    The cost and a rough time are printed first. Every finished cell improves the estimate. The same command resumes an
-    interrupted ablation, runs failed cells again, and repeats nothing else.
+    The cost and a rough time are printed first. Every finished cell improves the estimate of the time. The same command
+    resumes an interrupted ablation, runs failed cells again, and repeats nothing else.
 
     Args:
         plan: YAML file, or the name of a preset, for example results.
-        folder: folder of the plan's datasets and of its output, for example to run the same plan on other datasets of
-            the same names. Default: the working directory.
+        folder: folder of the plan's datasets and output, for example to run the plan on other datasets of the same
+            names. Default: the working directory.
         dry_run: print the cost and stop.
         workers: cells at a time, each in a process with its share of the cores.
-        share: I/N runs every N-th cell from the I-th, counted from 0, so that N commands divide a plan.
+        share: I/N runs every N-th cell from the I-th, counted from 0. N commands thus divide a plan.
     """
     from ringrl.study.plan import read_plan
     from ringrl.study.runner import ablate as run_plan
@@ -62,7 +62,7 @@ def demo(*, output: Path = Path("demo")) -> None:
     """Collect, train, evaluate and report for a maze with a hidden goal, in about four minutes on two cores.
 
     Args:
-        output: folder of all files of the demo; the same command resumes an interrupted demo.
+        output: folder of all files of the demo. The same command resumes an interrupted demo.
     """
     from ringrl.report import terminal_table, write_report
     from ringrl.study.demo import run_demo

@@ -31,8 +31,9 @@ def train(
 
     Args:
         settings: settings of the run.
-        config: YAML file of settings, or the name of a preset (tiny, small, ...). --method and other flags override it.
-        method: method to train. Sets the settings that define the method; other flags override them.
+        config: YAML file of settings, or the name of a preset (tiny, small, ...). --method and other flags override
+            the file.
+        method: method to train. Sets all settings that define the method. Other flags override these settings.
         resume: folder of a run. Continues the run from its newest checkpoint, with its own settings, on the same or on
             other devices. Without a value: the folder of --run, or the folder of a run's own config.yaml in --config.
         resume_or_start: resume the run in --run if there is one, else start it. For jobs that a scheduler restarts.

@@ -98,7 +98,7 @@ class Protocol:
         if last >= SEEDS:
             raise UserError(
                 f"--seed: the episodes would start from seeds {self.seed} to {last}, seeds must be below {SEEDS}; "
-                "give a lower one, or fewer episodes"
+                "give a lower seed, or fewer episodes"
             )
         if self.prompt_control and not self.prompt_trajectories:
             raise UserError(f"prompt ({self.prompt_control}): no prompt is drawn; give --prompt-trajectories, too")

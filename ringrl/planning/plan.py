@@ -52,7 +52,7 @@ class Plan:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest context that fits on this mesh, by the formula plus its error for the plan; 0: none."""
+        """Tokens of the longest context that fits on this mesh, by the corrected formula; 0 if none fits."""
         return longest_context(self.workload, self.machine, extra=self.total - self.formula.total)
 
     @cached_property
@@ -70,10 +70,10 @@ def make_plan(
     method: Literal["compiler", "formula", "best"] = "best",
     notice: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """Return the plan of one optimiser step on contexts of `tokens` each. Without `mesh`: on the fastest that fits.
+    """Return the plan of one optimiser step on contexts of `tokens` tokens, by default on the fastest mesh that fits.
 
-    `method`: "compiler" requires ahead-of-time compilation, "best" uses it if possible. `notice` is called before it.
-    Raise UserError if the mesh or the tokens do not divide, or if the method is "compiler" and the machine has none.
+    `method` "compiler" requires ahead-of-time compilation, and "best" compiles if possible. `notice` is called before
+    compilation. Raise UserError if the mesh or the tokens do not divide, or if "compiler" cannot compile.
     """
     reason = "--method formula" if method == "formula" else why_not(machine)
     devices = devices_of(machine) if reason is None or method == "compiler" else None

@@ -101,13 +101,13 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
 
 
 def check_actions(config: TrainConfig, facts: Domain) -> None:
-    """Raise UserError unless the model chooses among actions if and only if the data does."""
+    """Raise UserError unless the model's actions are discrete if and only if the data's are."""
     is_discrete = isinstance(facts, ForeignDomain) and facts.is_discrete
-    has_choices = config.model.action_head == "categorical"
+    model_is_discrete = config.model.action_head == "categorical"
     if is_discrete and config.model.family.source == "transitions":
-        raise UserError(f"{config.data}: its actions are choices, which {config.model.kind} cannot learn; use bc or at")
-    if is_discrete != has_choices:
-        kind, heads = ("choices", "categorical") if is_discrete else ("numbers", "mse, gaussian or bins")
+        raise UserError(f"{config.data}: {config.model.kind} cannot learn its discrete actions; use bc or at")
+    if is_discrete != model_is_discrete:
+        kind, heads = ("discrete", "categorical") if is_discrete else ("continuous", "mse, gaussian or bins")
         raise UserError(f"model.action_head: the actions of {config.data} are {kind}; use {heads}")
 
 
