@@ -56,7 +56,7 @@ def collect(
         raise UserError(f"{task}: has no script; give --method td3, or record it with Minari's DataCollector")
     if isinstance(domain, ForeignDomain) and domain.is_discrete:
         raise UserError(
-            f"{task}: its actions are choices, which td3 cannot learn; record it with Minari's DataCollector"
+            f"{task}: td3 cannot learn its discrete actions; record it with Minari's DataCollector"
         )
     episodes = TRANSITIONS // domain.episode_length if episodes is None else episodes
     if method not in METHODS:

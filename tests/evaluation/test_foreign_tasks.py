@@ -136,8 +136,8 @@ def _wide(**arguments: object) -> gymnasium.Env:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (MODEL | {"action_head": "mse"}, "are choices; use categorical"),
-        ({"kind": "td3_bc", "width": 16}, "its actions are choices, which td3_bc cannot learn"),
+        (MODEL | {"action_head": "mse"}, "are discrete; use categorical"),
+        ({"kind": "td3_bc", "width": 16}, "td3_bc cannot learn its discrete actions"),
     ],
 )
 def test_choices_need_their_head(model, message, pole, tmp_path):
@@ -158,7 +158,7 @@ def test_a_study_has_the_datas_lengths_and_checks_actions_first(pole, tmp_path):
     assert td3.optimiser.steps == 30 * 2 * longest // td3.optimiser.batch_size
     for plan, message in (
         (values, "td3.bc_seed0: .* which td3_bc cannot learn"),
-        (values | {"baselines": []}, "at_1_seed0: model.action_head: .* are choices; use categorical"),
+        (values | {"baselines": []}, "at_1_seed0: model.action_head: .* are discrete; use categorical"),
     ):
         with pytest.raises(UserError, match=message):
             ablate(AblationPlan.model_validate(plan), Console(quiet=True), dry_run=True)
