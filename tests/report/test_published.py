@@ -88,6 +88,33 @@ def test_episodes(published: dict[str, Any], page: str) -> None:
     assert [(four < one).sum() for four, one in pairs] == [9, 9]
 
 
+def test_the_cheetah_needs_a_prompt(page: str) -> None:
+    results = read_results(ROOT / "docs/results/equal_cheetah.jsonl.gz")
+    table = returns_table(results)
+    compared = verdicts(results, table)
+    compared = compared[(compared["method"] == METHOD) & (compared["subject"] != MEMORY)]
+    assert sorted(compared["verdict"]) == ["lower", "lower"]
+    (p,) = set(compared["p_holm"].round(3))
+    places = ["method", "train_trajectories", "prompt_trajectories"]
+    rows = table.dropna(subset=["low"]).fillna(dict.fromkeys(places[1:], 0)).set_index(places)
+    four, one, prompted = ((METHOD, 4, 0), (METHOD, 1, 0), ("Agentic Transformer", 4, 3))
+    found = {name: _interval(rows.loc[cell]) for name, cell in
+             {"four": four, "one": one, "td3": ("TD3+BC", 0, 0), "prompted": prompted}.items()}  # fmt: skip
+    text = " ".join(page.split())
+    assert f"From an empty memory they return {found['four']}, and at most 5 in three seeds." in text
+    assert f"Contexts of one return {found['one']}, TD3+BC {found['td3']} (both p {p}, higher)." in text
+    assert f"the policies of four return {found['prompted']}." in text
+    seeds = results[results["memory"]].groupby(["method", "train_trajectories", "prompt_trajectories", "seed"])[
+        "return"
+    ]
+    means = seeds.mean().unstack().round()
+    assert (means.loc[four] <= 5).sum() == 3
+    tables = (ROOT / "docs/results_tables.md").read_text()
+    title = "the same, single episodes after three episodes of the data"
+    for name, cell in {"context of four": four, "context of one": one, title: prompted}.items():
+        assert f"{name} | {' | '.join(f'{x:.0f}' for x in means.loc[cell])} | " in tables
+
+
 def test_the_arm_that_knows_its_place(page: str) -> None:
     """After sixteen segments of top_left: mean over the seeds, lowest and highest seed."""
     found = []
