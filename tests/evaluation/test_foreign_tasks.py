@@ -157,7 +157,7 @@ def test_a_study_has_the_datas_lengths_and_checks_actions_first(pole, tmp_path):
     (td3,) = (c.config for c in cells(AblationPlan.model_validate(values)) if c.config.model.kind == "td3_bc")
     assert td3.optimiser.steps == 30 * 2 * longest // td3.optimiser.batch_size
     for plan, message in (
-        (values, "td3.bc_seed0: .* which td3_bc cannot learn"),
+        (values, "td3.bc_seed0: .* td3_bc cannot learn its discrete actions"),
         (values | {"baselines": []}, "at_1_seed0: model.action_head: .* are discrete; use categorical"),
     ):
         with pytest.raises(UserError, match=message):
