@@ -55,9 +55,7 @@ def collect(
     if isinstance(domain, ForeignDomain) and method != "td3":
         raise UserError(f"{task}: has no script; give --method td3, or record it with Minari's DataCollector")
     if isinstance(domain, ForeignDomain) and domain.is_discrete:
-        raise UserError(
-            f"{task}: td3 cannot learn its discrete actions; record it with Minari's DataCollector"
-        )
+        raise UserError(f"{task}: td3 cannot learn its discrete actions; record it with Minari's DataCollector")
     episodes = TRANSITIONS // domain.episode_length if episodes is None else episodes
     if method not in METHODS:
         raise UserError(f"no method {method!r}; methods are {', '.join(METHODS)}")
