@@ -121,8 +121,8 @@ def attention(
       positions, key_positions: integers of the same shapes, less than 2**31 apart; by default T - S ... T-1 and
         0 ... T-1. If S = T, keys have the positions of the queries by default. Only the mask and
         alibi_slopes use positions. The caller applies rotary embeddings.
-      query_seq_lengths, key_value_seq_lengths: (B,) or () number of tokens in each context. Later queries see nothing,
-        and later keys are hidden. Default positions do not depend on these lengths.
+      query_seq_lengths, key_value_seq_lengths: (B,) or () number of tokens in each context. Queries beyond
+        see nothing, and keys beyond are hidden. Default positions do not depend on these lengths.
       scale: factor on the logits, 1/sqrt(D) by default. An array () may be traced and has a gradient. It multiplies q,
         and the product is rounded to q's dtype.
       logits_soft_cap: logits become cap * tanh(logits / cap). An array () may be traced and has a gradient.
@@ -239,7 +239,7 @@ def ring_attention_shard(
         to heads. "ulysses_ring": Ulysses and a ring, over a pair of axes. "all_gather": every device
         gets all keys and values. "auto": the result of `choose_strategy`.
       bidirectional: half of the key heads travel in the opposite direction, which uses both directions of the links.
-        Used by "ring" and "ulysses_ring". A window that needs few hops sends all heads in the shorter direction.
+        Used by "ring" and "ulysses_ring". Ignored if a window reduces the number of hops.
       sinks, alibi_slopes: (local heads,).
       axis_name, layout, options: as for `ring_attention`.
 

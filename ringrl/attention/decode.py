@@ -249,7 +249,7 @@ def append_to_cache(
     """Write new tokens after the first `length` tokens of a cache, in place if the caller's jit donates the cache.
 
     Arguments are as for `decode_attention`, but `length` excludes the new tokens. `grow_cache` raises the capacity.
-    Raise ValueError for invalid shapes or too many tokens. Too many tokens with a traced `length` are undefined.
+    Raise ValueError for invalid shapes or too many tokens. A traced `length` is not checked.
     """
     if new.shape[1] > cache.shape[1]:
         raise ValueError(f"new: {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")

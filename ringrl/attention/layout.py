@@ -118,7 +118,7 @@ def from_layout(x: Array, layout: str, ring_size: int, axis: int = 1) -> Array:
 
 
 def pad_to_layout(x: Array, layout: str, ring_size: int, axis: int = 1, *, value: int | float = 0) -> Array:
-    """Pad the end of a sequence axis to the next length that divides, before `to_layout`.
+    """Pad the end of a sequence axis to the next length that `to_layout` accepts.
 
     A causal mask hides the padding from earlier tokens. Without a causal mask, give the padding its own segment id:
     pad_to_layout(segment_ids, ..., value=some_unused_id).

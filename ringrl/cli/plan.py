@@ -39,7 +39,7 @@ def plan(
         remat: what the backward pass recomputes. Default: the configuration's.
         block_tokens: tokens that a feed-forward layer processes at a time. Default: the configuration's.
         method: compiler compiles ahead of time for TPUs (needs libtpu: pip install "jax[tpu]") and host devices, in
-            minutes. formula uses the closed form only, in a second. best uses the compiler where possible.
+            minutes. formula uses the closed form only, in seconds. best uses the compiler where possible.
     """
     import jax
 
