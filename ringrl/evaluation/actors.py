@@ -134,17 +134,21 @@ class SegmentActor(Actor):
         """Forget the last episode, and compute the prompt's cache once for all environments."""
         self._prefix = None if prompt is None else self._compiled.prefill(prompt)
         self._steps: list[Context] = []
+        self._place: tuple[np.ndarray, np.ndarray] | None = None
 
     def act(self, current: Context) -> Float32[jax.Array, "environments action"]:
         """Return the action at the last step of the segment. Padding at its end is not seen."""
         if not current.timestep.any():  # a stream that has finished begins at 0 again, while others play
             self._steps = []
+        if self._place is None:  # later episodes have the place of the first: they do not follow it in the context
+            self._place = current.start, current.trajectory
         steps = [*self._steps, current]
         segment = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *steps)
         first = jax.tree.map(np.array, segment.previous)
         for x in first:
             x[:, 0] = 0  # as in training segments
-        segment = segment._replace(previous=first)
+        start, trajectory = (np.repeat(x, len(steps), axis=1) for x in self._place)
+        segment = segment._replace(previous=first, start=start, trajectory=trajectory)
         pad = lambda x: np.pad(x, [(0, 0), (0, self._length - len(steps)), *[(0, 0)] * (x.ndim - 2)])  # noqa: E731
         action: jax.Array = self._compiled.act_after(self._prefix, jax.tree.map(pad, segment), len(steps) - 1)
         return action

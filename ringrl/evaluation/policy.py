@@ -79,7 +79,8 @@ class Player:
         data: path of the run's dataset if it was moved. It is read for a prompt, a quantile, or another task's target.
 
     Raises:
-        UserError: as `ringrl.evaluation.policy_evaluation` for its target and prompt; fewer than one environment.
+        UserError: as `ringrl.evaluation.policy_evaluation` for its target and prompt; fewer than one environment; a
+            prompt of another type.
     """
 
     def __init__(
@@ -95,7 +96,9 @@ class Player:
     ) -> None:
         info, config = trained.info, trained.info.config
         task = config.task if task is None else task
-        count = prompt if isinstance(prompt, int) else 0
+        if not isinstance(prompt, int | np.integer | Context | None) or isinstance(prompt, bool):
+            raise UserError(f"prompt: expected a number of trajectories or a context, got {prompt!r}")
+        count = 0 if prompt is None or isinstance(prompt, Context) else int(prompt)
         protocol = Protocol(batch, target=target, prompt_trajectories=count, prompt_seed=prompt_seed)
         goal, _, drawn, _ = target_and_prompt(trained, protocol, task, data)
         shown = prompt if isinstance(prompt, Context) else drawn
@@ -123,6 +126,8 @@ class Player:
         shape = self._batch, self._observation_size
         if given.shape != shape and (self._batch > 1 or given.shape != shape[1:]):
             raise UserError(f"observation: has shape {given.shape}, expected {shape}")
+        if not np.isfinite(given).all():
+            raise UserError("observation: is not finite; end the episode with reset_episode()")
         if self._pending is not None:
             raise UserError("act: the reward of the last action is unknown; call observe(reward) first")
         length = self._length
@@ -132,7 +137,7 @@ class Player:
                 "to observe"
             )
         self._pending = np.array(self._actor.act(self._live.step(given.reshape(shape))), np.float32)
-        return self._pending.reshape((*given.shape[:-1], -1))
+        return self._pending.reshape((*given.shape[:-1], -1)).copy()
 
     def observe(self, reward: ArrayLike, terminated: ArrayLike = False, truncated: ArrayLike = False) -> None:
         """Remember the reward of the last action. An end, by termination or truncation, starts the next episode.

@@ -118,11 +118,17 @@ def test_errors_of_a_loop(at_run: Path) -> None:
         one.act(observation[0])
     with pytest.raises(UserError, match=r"call act\(observation\) first"):
         one.observe(1.0)
-    one.act(observation)
+    with pytest.raises(UserError, match=r"^observation: is not finite"):
+        one.act(np.full((2, 42), np.nan))
+    one.act(observation)[:] = np.nan  # a copy: the player remembers its own action
+    assert np.isfinite(one._pending).all()
     with pytest.raises(UserError, match=r"call observe\(reward\) first"):
         one.act(observation)
     with pytest.raises(UserError, match=r"reward: \[nan, nan\] is not finite"):
         one.observe(np.nan)
+    for prompt in ("3", 3.0, True, [1, 2]):
+        with pytest.raises(UserError, match=r"^prompt: expected a number of trajectories or a context, got "):
+            policy.player(prompt=prompt)
     one.observe([1.0, 2.0])
     for _ in range(249):
         one.act(observation)

@@ -80,9 +80,10 @@ def test_a_segment_has_the_last_steps_also_after_the_first_stream_has_ended():
     class Compiled:
         def act_after(self, prefix, segment, index):
             shown.append(segment.timestep[:, : index + 1])
+            places.append((segment.start[:, : index + 1], segment.trajectory[:, : index + 1]))
             return np.zeros((4, 9), np.float32)
 
-    shown = list[np.ndarray]()
+    shown, places = list[np.ndarray](), list[tuple[np.ndarray, np.ndarray]]()
     longest_last = sorted(range(20), key=lambda seed: len(alone(np.array([seed]), 0)[2]))[::6]
     rollout([Group(SegmentActor(Compiled(), 3), ragged(4))], SHORT, seeds=np.array(longest_last)[:, None],
             target_return=None, most_steps=6)  # fmt: skip
@@ -90,6 +91,7 @@ def test_a_segment_has_the_last_steps_also_after_the_first_stream_has_ended():
     assert shown[-1][0, -1] < 5, "the first stream has ended earlier"
     for step, segment in enumerate(shown):
         assert segment[3].tolist() == [*range(max(0, step - 2), step + 1)]
+    assert not any(start.any() or trajectory.any() for start, trajectory in places), "the first stream's next episode"
 
 
 def test_memory_does_not_grow_with_the_limit_of_steps():
