@@ -134,14 +134,14 @@ class SegmentActor(Actor):
         """Forget the last episode, and compute the prompt's cache once for all environments."""
         self._prefix = None if prompt is None else self._compiled.prefill(prompt)
         self._steps: list[Context] = []
-        self._place: tuple[np.ndarray, np.ndarray] | None = None
+        self._place: tuple[np.ndarray, ...] = ()
 
     def act(self, current: Context) -> Float32[jax.Array, "environments action"]:
         """Return the action at the last step of the segment. Padding at its end is not seen."""
         if not current.timestep.any():  # a stream that has finished begins at 0 again, while others play
             self._steps = []
-        if self._place is None:  # later episodes have the place of the first: they do not follow it in the context
-            self._place = current.start, current.trajectory
+        if not self._place:  # later episodes have the place of the first: they do not follow it in the context
+            self._place = np.asarray(current.start), np.asarray(current.trajectory)
         steps = [*self._steps, current]
         segment = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *steps)
         first = jax.tree.map(np.array, segment.previous)
