@@ -214,7 +214,7 @@ class ActorCriticConfig(Section):
     discount: float = Field(0.99, ge=0, lt=1)
     """Discount of rewards, per step."""
     n_step: int = Field(1, ge=1)
-    """Rewards summed before bootstrapping, fewer at the end of an episode. An end counts as a truncation."""
+    """Rewards summed before bootstrapping, fewer at the end of an episode. No value follows a termination."""
     behaviour_cloning: float = Field(0.4, ge=0)
     """Weight of the squared distance to the data's action, relative to a value scaled to one (1 / alpha in the paper).
     0 is TD3 without imitation."""

@@ -149,7 +149,8 @@ def test_one_line_per_failure_and_exit_code_1(monkeypatch, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "3 of 7 lines are wrong" in shown.out
     assert shown.err.count("RuntimeError: the driver is gone\n") == 3
-    sections = json.loads((tmp_path / "found.json").read_text())["sections"]
+    sections, measured = json.loads((tmp_path / "found.json").read_text()).values()
+    assert measured["tflops"] == 2.0
     assert sum(not line["is_fine"] for lines in sections.values() for line in lines) == 3
     machine = find_machine(str(tmp_path / "machine.yaml"))
     assert (machine.devices, machine.device.flops, machine.measured) == (4, 2e12, 0.75)

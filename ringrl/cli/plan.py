@@ -23,13 +23,13 @@ def plan(
 ) -> None:
     """Estimate the memory and time of a training step on a given machine.
 
-    Without --mesh flags, the plan uses the mesh that is fastest by estimate and fits.
+    Without --mesh flags, the plan uses the fastest mesh that fits, by estimate.
 
     Args:
         model: 3b, 7b, 13b, 30b or 350m; a preset; a run's folder; or a configuration file (.yaml).
         machine: tpu-v4-512 (v3, v4 and v5p count cores), tpu-v5e-256 (v5e and v6e count chips), 8xa100 (80 GB; any
             number), 8xa100-40, 8xh100, 8xh200, cpu-8 (host devices of this machine, measured), or a file
-            with the machine's numbers, which `ringrl doctor --save` writes.
+            with the machine's numbers, your own or that of `ringrl doctor --save`.
         tokens: tokens of a context, for example 32768, 512k or 8M (k is 1024, M is 1024 x 1024). Default: the tokens
             of the configuration and its dataset.
         mesh: devices along each axis.

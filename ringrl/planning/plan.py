@@ -109,7 +109,7 @@ def describe(plan: Plan) -> str:
     if compiled is not None:
         method = f"from the compiler ({compiled.seconds:.0f} s); the formula gives {gib(plan.formula.total)}"
     lines = [
-        f"{_parameters(plan.workload.parameters.total)}, {model.attention} attention, remat "
+        f"{plan.workload.parameters.total:,} parameters, {model.attention} attention, remat "
         f"{model.remat}, {model.dtype}; {config.optimiser.batch_size} context(s) of {plan.workload.tokens} tokens",
         f"{machine.name}: {machine.devices} x {device.device_kind}, {gib(device.memory)} each{share}; mesh "
         f"{plan.workload.mesh_in_words}",
@@ -122,11 +122,6 @@ def describe(plan: Plan) -> str:
         *_time(plan),
     ]
     return "\n".join(lines)
-
-
-def _parameters(count: int) -> str:
-    unit, name = next(((unit, name) for unit, name in ((1e9, "billion"), (1e6, "million")) if count >= unit), (1, ""))
-    return f"{count / unit:.3g} {name} parameters" if name else f"{count} parameters"
 
 
 def _memory(plan: Plan) -> list[str]:

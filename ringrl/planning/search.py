@@ -115,8 +115,8 @@ def _enough_devices(workload: Workload, machine: Machine, extra: float) -> Advic
             return None
         if fits_by_formula(longer, machine, extra / factor):
             total = memory_of(longer, machine.device.platform).total + extra / factor
-            mesh = longer.config.mesh
-            axes = " ".join(f"--mesh.{axis} {size}" for axis in MESH_AXES if (size := getattr(mesh, axis)) > 1)
+            sizes = {axis: getattr(longer.config.mesh, axis) for axis in (*MESH_AXES, "ulysses")}
+            axes = " ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items() if size > 1)
             return Advice(f"{devices * factor} devices, {axes}", total, True)
         factor *= 2
     return None

@@ -90,7 +90,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             console = console or Console(stderr=True, quiet=not distributed.is_first())
             used, found = config.mesh.devices, jax.device_count()
             if used < found and config.model.family.splits_batches and not quiet:
-                more = "the axes --mesh.data, fsdp, tensor and seq use more"
+                more = "raise --mesh.data, fsdp, tensor or seq to use more"
                 console.print(f"{config.run}: uses {used} of {found} devices; {more}", soft_wrap=True)
             if resume and not saved_steps(config.run) and not quiet:
                 console.print(f"{config.run}: no checkpoint yet; training starts at step 0", soft_wrap=True)

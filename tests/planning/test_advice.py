@@ -72,6 +72,8 @@ def test_number_of_devices_is_the_smallest_sufficient():
     assert text == "32 devices, --mesh.seq 32"
     wide = changes(plan_of(2**20, {"seq": 4, "tensor": 2}), enough=True)
     assert "64 devices, --mesh.tensor 2 --mesh.seq 32" in wide
+    grouped = changes(plan_of(2**20, {"seq": 8, "ulysses": 4}, strategy="ulysses_ring"), enough=True)
+    assert any(re.fullmatch(r"\d+ devices, --mesh.seq \d+ --mesh.ulysses 4", change) for change in grouped)
     fitting = [
         memory_of(workload.with_settings("mesh", seq=n), "gpu").total <= MACHINE.device.memory for n in (8, 16, 32)
     ]

@@ -6,12 +6,14 @@ import os
 import re
 import signal
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 from ringrl.config import MeshConfig, ModelConfig, TrainConfig
 from ringrl.context import Context
@@ -207,7 +209,9 @@ def test_a_run_resumes_on_eight_devices_then_one(
             }
         )  # fmt: skip
 
-    train(config("one", {}), quiet=True)
+    printed = StringIO()
+    train(config("one", {}), console=Console(file=printed, width=200))
+    assert "one: uses 1 of 8 devices; raise --mesh.data, fsdp, tensor or seq to use more" in printed.getvalue()
     add = MetricsRecorder.add
 
     def add_and_stop(recorder: MetricsRecorder, step: int, metrics: dict) -> None:
