@@ -19,7 +19,7 @@ from ringrl.context import Context
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import CompiledPolicy
-from ringrl.evaluation.protocol import Protocol, make_actor
+from ringrl.evaluation.protocol import Protocol, check_environment, make_actor
 from ringrl.evaluation.rollout import LiveContext
 from ringrl.evaluation.target import target_and_prompt
 from ringrl.model import Policy, make_agent
@@ -79,8 +79,8 @@ class Player:
         data: path of the run's dataset if it was moved. It is read for a prompt, a quantile, or another task's target.
 
     Raises:
-        UserError: as `ringrl.evaluation.policy_evaluation` for its target and prompt; fewer than one environment; a
-            prompt of another type.
+        UserError: as `ringrl.evaluation.policy_evaluation` for its task, target and prompt; fewer than one environment;
+            a prompt of another type.
     """
 
     def __init__(
@@ -95,7 +95,10 @@ class Player:
         data: Path | None = None,
     ) -> None:
         info, config = trained.info, trained.info.config
-        task = config.task if task is None else task
+        if task is None:
+            task = config.task
+        else:
+            check_environment(trained.run, info, task)
         if not isinstance(prompt, int | np.integer | Context | None) or isinstance(prompt, bool):
             raise UserError(f"prompt: expected a number of trajectories or a context, got {prompt!r}")
         count = 0 if prompt is None or isinstance(prompt, Context) else int(prompt)
@@ -142,25 +145,34 @@ class Player:
     def observe(self, reward: ArrayLike, terminated: ArrayLike = False, truncated: ArrayLike = False) -> None:
         """Remember the reward of the last action. An end, by termination or truncation, starts the next episode.
 
+        Each argument has a number per environment. A single number stands for a batch of one, and one end for all.
+
         Raises:
-            UserError: no action waits for its reward, a reward is not finite, or some episodes of a policy of segments
-                end before others.
+            UserError: no action waits for its reward, an argument has another shape, a reward is not finite, or some
+                episodes of a policy of segments end before others.
         """
         if self._pending is None:
             raise UserError("observe: there is no action without a reward; call act(observation) first")
-        rewards = np.broadcast_to(np.asarray(reward, np.float64), self._batch)
+        rewards = np.asarray(reward, np.float64)
+        if rewards.shape != (self._batch,) and (self._batch > 1 or rewards.shape):
+            raise UserError(f"reward: has shape {rewards.shape}, expected {(self._batch,)}")
         if not np.isfinite(rewards).all():
             raise UserError(f"reward: {rewards.tolist()} is not finite")
+        for name, end in (("terminated", terminated), ("truncated", truncated)):
+            if np.shape(end) not in ((), (self._batch,)):
+                raise UserError(f"{name}: has shape {np.shape(end)}, expected {(self._batch,)}")
         ends = np.array(np.broadcast_to(np.logical_or(terminated, truncated), self._batch))
         if self._is_segmented and ends.any() != ends.all():
             raise UserError("observe: with segments, all episodes of a batch must end together; use one player each")
         is_last = ends if self._length is None else ends | (self._live.timestep + 1 == self._length)
-        self._actor.observe(self._live.observe(self._pending, rewards, is_last))
+        self._actor.observe(self._live.observe(self._pending, rewards.reshape(self._batch), is_last))
         self._live.begin_next(ends)
         self._pending = None
 
     def reset_episode(self) -> None:
-        """Start the next episode, and keep the memory of all earlier ones. Does nothing before a first step.
+        """Start the next episode in all environments, and keep the memory of earlier ones.
+
+        Environments whose episode has no step yet stay as they are.
 
         Raise UserError if the last action's reward is unknown.
         """

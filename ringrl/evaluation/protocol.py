@@ -192,14 +192,13 @@ def policy_evaluation(
     """
     run, info, config = trained.run, trained.info, trained.info.config
     task = config.task if task is None else task
-    _check_environment(run, info, task)
+    check_environment(run, info, task)
     if protocol.episodes > 1 and config.context.segment_steps and config.model.family.has_context:
         raise UserError(
             f"--episodes {protocol.episodes}: {run} was trained on segments and remembers the prompt and "
             f"{config.context.segment_steps} steps of the live episode, not earlier episodes; give --episodes 1"
         )
-    data_task = config.task if is_foreign(task) else task  # another version of an environment has no data
-    target_return, target_policy, prompt, prompt_fields = target_and_prompt(trained, protocol, data_task, data)
+    target_return, target_policy, prompt, prompt_fields = target_and_prompt(trained, protocol, task, data)
     has_context = config.model.family.has_context
     template = EvaluationRecord(
         task=task,
@@ -235,7 +234,7 @@ def policy_evaluation(
     )
 
 
-def _check_environment(run: Path, info: RunInfo, task: str) -> None:
+def check_environment(run: Path, info: RunInfo, task: str) -> None:
     """Raise UserError unless the environment of a task has the spaces of a run's data."""
     if info.domain not in DOMAINS and not is_foreign(info.domain) and not is_foreign(task):
         raise UserError(f"{run}: {info.domain} names no environment; give one with the same spaces (--environment)")

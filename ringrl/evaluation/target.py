@@ -12,6 +12,7 @@ from ringrl.context import Context
 from ringrl.data import EpisodeStore
 from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.sampler import ContextDraw, ContextSampler, eligible_episodes
+from ringrl.envs import is_foreign
 from ringrl.errors import UserError
 from ringrl.evaluation.formatting import all_digits
 from ringrl.methods import method_of
@@ -90,6 +91,8 @@ def target_and_prompt(
 ) -> tuple[float | None, str, Context | None, dict[str, Any]]:
     """Return the target return, the name of its rule, the prompt and its fields. Opens the dataset only if needed."""
     run, info, config = trained.run, trained.info, trained.info.config
+    if is_foreign(task):
+        task = config.task  # another version of an environment has no data
     rule = TargetPolicy.parse(protocol.target)
     count, has_context = protocol.prompt_trajectories, config.model.family.has_context
     if count and not has_context:

@@ -124,15 +124,20 @@ def test_errors_of_a_loop(at_run: Path) -> None:
     assert np.isfinite(one._pending).all()
     with pytest.raises(UserError, match=r"call observe\(reward\) first"):
         one.act(observation)
-    with pytest.raises(UserError, match=r"reward: \[nan, nan\] is not finite"):
-        one.observe(np.nan)
+    with pytest.raises(UserError, match=r"reward: \[nan, 1.0\] is not finite"):
+        one.observe([np.nan, 1])
+    for reward in (0.0, [0.0], np.zeros((2, 1))):
+        with pytest.raises(UserError, match=r"^reward: has shape \(.*\), expected \(2,\)"):
+            one.observe(reward)
+    with pytest.raises(UserError, match=r"^truncated: has shape \(3,\), expected \(2,\)"):
+        one.observe([1.0, 2.0], truncated=[False] * 3)
     for prompt in ("3", 3.0, True, [1, 2]):
         with pytest.raises(UserError, match=r"^prompt: expected a number of trajectories or a context, got "):
             policy.player(prompt=prompt)
     one.observe([1.0, 2.0])
     for _ in range(249):
         one.act(observation)
-        one.observe(0.0)
+        one.observe([0.0, 0.0])
     with pytest.raises(UserError, match=r"have 250 steps; call reset_episode\(\)"):
         one.act(observation)
     one.reset_episode()
@@ -143,3 +148,5 @@ def test_errors_of_a_loop(at_run: Path) -> None:
         policy.player(target="much")
     with pytest.raises(UserError, match="environments: 0 is too small"):
         policy.player(batch=0)
+    with pytest.raises(UserError, match="was trained on jaco and cannot act in task walker_walk"):
+        policy.player(task="walker_walk")
