@@ -76,7 +76,7 @@ class ContextConfig(Section):
     """With sampling history_window: take every k-th episode, so that a context spans a longer part of the history."""
     segment_steps: int | None = Field(None, ge=1)
     """Steps of each trajectory, if trajectories are segments of episodes. A short context then holds many
-    trajectories."""
+    trajectories. Shorter episodes are taken whole."""
     segment_start_share: float = Field(0.5, ge=0, le=1)
     """Share of segments that begin with their episode. The others begin anywhere, with their own return-to-go."""
     first_steps: int = Field(20, ge=1)

@@ -69,10 +69,10 @@ def eligible_by_task(
 def episodes_for_contexts(
     store: EpisodeStore, task: str, config: ContextConfig, seed: int, excluded: Episodes = NONE
 ) -> dict[str, Episodes]:
-    """Return `eligible_by_task`. UserError if one context needs more or longer episodes than a task has."""
+    """Return `eligible_by_task`. UserError if a context needs more episodes than a task has, or longer segments."""
     found = eligible_by_task(store, task, config, seed, excluded)
     for episodes in found.values():
-        count, least = len(episodes), config.segment_steps or 1
+        count, longest = len(episodes), int(store.lengths[episodes].max())
         if config.trajectories > count:
             raise UserError(
                 f"context.trajectories: {config.trajectories} are more than the {count} eligible episodes of "
@@ -83,10 +83,10 @@ def episodes_for_contexts(
                 f"context.history_stride: {config.trajectories} episodes at a stride of {config.history_stride} span "
                 f"{config.window} episodes, and {store.path} has {count}; lower the stride or context.trajectories"
             )
-        if (shortest := int(store.lengths[episodes].min())) < least:
+        if (config.segment_steps or 0) > longest:
             raise UserError(
-                f"context.segment_steps: {config.segment_steps} is longer than the shortest eligible episode of "
-                f"{store.path} ({shortest} steps); lower it"
+                f"context.segment_steps: {config.segment_steps} is longer than the longest eligible episode of "
+                f"{store.path} ({longest} steps); lower it"
             )
     return found
 
@@ -111,7 +111,7 @@ class ContextSampler:
     is 1 on the last step of a trajectory that reaches the target.
 
     A context belongs to one task and holds eligible episodes of that task. With `config.segment_steps`, its
-    trajectories are segments of episodes. `excluded` episodes are never drawn.
+    trajectories are segments of episodes; a shorter episode is taken whole. `excluded` episodes are never drawn.
 
     Raises UserError for a task without rewards, or too few or too short episodes.
     """
@@ -156,9 +156,7 @@ class ContextSampler:
         best = np.broadcast_to(returns.max(1, keepdims=True), returns.shape)
         targets = {"none": np.full_like(returns, np.nan), "own": returns, "best": best}[self.config.target]
         starts = np.zeros((len(episodes), self.config.trajectories + 1), np.int64)
-        steps = self.config.segment_steps
-        lengths = self.store.lengths[episodes] if steps is None else np.full_like(episodes, steps)
-        np.cumsum(lengths, axis=1, out=starts[:, 1:])
+        np.cumsum(self._lengths(episodes), axis=1, out=starts[:, 1:])
         return ContextDraw(np.array(tasks), episodes, targets, returns >= targets, starts, np.stack(first))
 
     def read(self, draw: ContextDraw, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
@@ -236,6 +234,11 @@ class ContextSampler:
             weights[task] = rarity / rarity.sum()
         return weights
 
+    def _lengths(self, episodes: Int64[np.ndarray, "*batch"]) -> Int64[np.ndarray, "*batch"]:
+        """Return the steps of the trajectories drawn from episodes."""
+        lengths = self.store.lengths[episodes]
+        return lengths if self.config.segment_steps is None else np.minimum(lengths, self.config.segment_steps)
+
     def _draw_one(self, random: np.random.Generator) -> tuple[str, Episodes, Int64[np.ndarray, " trajectories"]]:
         """Return the task of one context, its episodes in order, and the first timestep of each trajectory."""
         task = self.tasks[random.integers(len(self.tasks))] if self.config.other_tasks else self.task
@@ -252,7 +255,7 @@ class ContextSampler:
             chosen = ascending if self.config.order == "ascending" else ascending[::-1]
         if self.config.segment_steps is None:
             return task, chosen, np.zeros(count, np.int64)
-        anywhere = random.integers(self.store.lengths[chosen] - self.config.segment_steps + 1)
+        anywhere = random.integers(self.store.lengths[chosen] - self._lengths(chosen) + 1)
         return task, chosen, np.where(random.random(count) < self.config.segment_start_share, 0, anywhere)
 
 

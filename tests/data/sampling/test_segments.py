@@ -43,7 +43,8 @@ def slowly(made: ContextSampler, draw: ContextDraw, row: int) -> dict[str, list]
     for k, (episode, reward) in enumerate(zip(episodes, rewards, strict=True)):
         first = int(draw.first_timesteps[row, k])
         target = {"best": best, "own": sum(reward), "none": None}[made.config.target]
-        for t in range(first, first + made.config.segment_steps):
+        start = len(steps.get("position", ()))
+        for t in range(first, min(len(reward), first + made.config.segment_steps)):
             is_end = t == len(reward) - 1
             step = {
                 "observation": (episode["observation"][t].astype(np.float64) - scale.mean) / scale.std,
@@ -54,7 +55,7 @@ def slowly(made: ContextSampler, draw: ContextDraw, row: int) -> dict[str, list]
                 "timestep": t,
                 "trajectory": k,
                 "position": len(steps.get("position", ())),
-                "start": k * made.config.segment_steps,
+                "start": start,
                 "weight": made.config.first_steps_weight if t - first < made.config.first_steps else 1,
                 "previous.action": np.zeros_like(episode["action"][0]) if t == first else episode["action"][t],
                 "previous.reward": 0 if t == first else reward[t - 1],
@@ -74,6 +75,8 @@ def slowly(made: ContextSampler, draw: ContextDraw, row: int) -> dict[str, list]
         {"other_tasks": (OTHER,), "best_fraction": 0.7},
         {"first_steps": 3, "first_steps_weight": 50.0, "segment_start_share": 1.0},
         {"segment_steps": 1, "segment_start_share": 0.2},
+        {"segment_steps": 7, "first_steps": 5, "first_steps_weight": 50.0},  # longer than some episodes
+        {"segment_steps": 9, "target": "own"},
     ],
 )
 def test_a_context_of_segments_equals_a_slow_construction(store: EpisodeStore, config: dict) -> None:
@@ -85,7 +88,8 @@ def test_a_context_of_segments_equals_a_slow_construction(store: EpisodeStore, c
             found = batch
             for part in name.split("."):
                 found = getattr(found, part)
-            np.testing.assert_allclose(found[row], values, rtol=1e-5, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(found[row][: len(values)], values, rtol=1e-5, atol=1e-6, err_msg=name)
+            assert name == "position" or not found[row][len(values) :].any(), "padding"
         returns = store.returns(draw.tasks[row])[draw.episodes[row]]
         assert made.config.order == "random" or list(returns) == sorted(returns)
     ends = made.config.target != "none" and made.config.segment_start_share < 1  # some segments end with their episode
@@ -133,9 +137,9 @@ def test_segments_are_a_function_of_seed_and_step(store: EpisodeStore) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def test_segments_longer_than_an_eligible_episode_are_rejected(store: EpisodeStore) -> None:
-    with pytest.raises(UserError, match=r"segment_steps: 5 is longer than the shortest .*mixed\.h5 \(4 steps\)"):
-        sampler(store, segment_steps=5)
+def test_segments_longer_than_all_eligible_episodes_are_rejected(store: EpisodeStore) -> None:
+    with pytest.raises(UserError, match=r"segment_steps: 10 is longer than the longest .*mixed\.h5 \(9 steps\)"):
+        sampler(store, segment_steps=10)
     best = int(np.argmax(store.returns(TASK)))  # the only eligible episode
     alone = {"trajectories": 1, "best_fraction": 0.1}
     assert sampler(store, segment_steps=LENGTHS[best], **alone).draw(0).first_timesteps.tolist() == [[0]] * 4
