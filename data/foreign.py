@@ -25,8 +25,9 @@ _NAMES = {
     "observation": ("observation", "observations"),
     "action": ("action", "actions"),
     "reward": ("reward", "rewards"),
-    "terminated": ("terminated", "terminal", "terminals", "terminations"),
+    "terminated": ("terminated", "termination", "terminations", "terminal", "terminals"),
 }
+_ENDS = ("done", "dones")  # ambiguous: no value follows a termination, but the last state's value follows a truncation
 
 
 class Steps(NamedTuple):
@@ -162,9 +163,11 @@ def checked_steps(observation: np.ndarray, action: np.ndarray, reward: np.ndarra
     UserError, which does not name the episode, for arrays of other lengths, or values that are not finite.
     """
     length = len(reward)
-    if not length or (len(observation), len(action)) != (length + 1, length) or len(terminated) not in (1, length):
+    if not length or (len(observation), len(action)) != (length + 1, length):
         shapes = f"{len(observation)} observations, {len(action)} actions and {length} rewards"
         raise UserError(f"has {shapes}; expected T + 1 (or T), T and T, with T at least 1")
+    if terminated.shape not in ((1,), (length,)):
+        raise UserError(f"has terminations of shape {terminated.shape}; expected ({length},) or one bool")
     if terminated[:-1].any():
         raise UserError(f"terminates before its last step (step {int(terminated.argmax())})")
     return Steps(
@@ -191,8 +194,12 @@ def _steps(episode: Mapping[str, Any], where: str) -> Steps:
     found = {name: np.asarray(episode[key]) for name, keys in _NAMES.items() for key in keys if key in episode}
     if missing := [name for name in ("observation", "action", "reward") if name not in found]:
         raise UserError(f"{where}: has no array {missing[0]}")
+    if "terminated" not in found and (ends := [name for name in _ENDS if name in episode]):
+        raise UserError(f"{where}: has an array {ends[0]}; name it terminated, and set it to False at a truncation")
     observation, action = np.atleast_1d(found["observation"]), np.atleast_1d(found["action"])
-    reward, terminated = found["reward"].reshape(-1), found.get("terminated", np.zeros(1, bool)).reshape(-1)
+    reward, terminated = found["reward"].reshape(-1), np.atleast_1d(found.get("terminated", False))
+    if terminated.shape == (len(reward), 1):
+        terminated = terminated[:, 0]
     if observation.dtype == np.uint8 and observation.ndim > 2:
         raise UserError(f"{where}: has images, which are not supported")
     if len(observation) == len(reward):
@@ -205,10 +212,14 @@ def _steps(episode: Mapping[str, Any], where: str) -> Steps:
 
 def _facts(environment: str | None, path: Path, steps: Sequence[Steps], source: str) -> dict[str, Any]:
     """Return the facts about the episodes, with the action space of the environment, or [-1, 1]."""
-    sizes = {(one.observation.shape[1], one.action.shape[1]) for one in steps}
-    if len(sizes) > 1:
-        raise UserError(f"{source}: its episodes have observations or actions of different sizes: {sorted(sizes)}")
-    ((observation_size, action_size),) = sizes
+    sizes = [(one.observation.shape[1], one.action.shape[1]) for one in steps]
+    observation_size, action_size = sizes[0]
+    if other := [index for index, size in enumerate(sizes) if size != sizes[0]]:
+        numbers = "{} and {}".format(*sizes[other[0]])
+        raise UserError(
+            f"{source}, episode {other[0]}: observations and actions have {numbers} numbers, those of episode 0 have "
+            f"{observation_size} and {action_size}"
+        )
     if environment is None:
         highest = max(float(np.abs(one.action).max()) for one in steps)
         if highest > 1 + ROUNDED:
@@ -249,7 +260,7 @@ def _npz(path: Path) -> dict[str, Any]:
     if size > SMALL + MOST_COMPRESSED * path.stat().st_size:
         raise UserError(f"claims {size:,} bytes, far more than it stores")
     with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files if name in sum(_NAMES.values(), ())}
+        return {name: file[name] for name in file.files if name in sum(_NAMES.values(), _ENDS)}
 
 
 def _flat(path: Path, limit: int | None) -> list[dict[str, Any]]:
@@ -264,6 +275,9 @@ def _flat(path: Path, limit: int | None) -> list[dict[str, Any]]:
     rows = len(arrays["rewards"])
     if other := [name for name, array in arrays.items() if len(array) != rows]:
         raise UserError(f"has {len(arrays[other[0]])} {other[0]} and {rows} rewards")
+    for name in {"terminals", "timeouts"} & {*arrays}:
+        if arrays[name].size != rows:
+            raise UserError(f"has {name} of shape {arrays[name].shape}; expected ({rows},)")
     terminals = arrays["terminals"].astype(bool).reshape(-1)
     if "timeouts" not in arrays and limit is None:
         raise UserError("has no timeouts; name its environment, whose limit of steps is used (--environment)")

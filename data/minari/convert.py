@@ -80,7 +80,11 @@ def _facts(
     observation_size = sum(math.prod(shape) for _, shape in episodes.observation)
     made = foreign_domain(environment) if environment else None
     if made and (observation_size, actions) != (made.observation_size, made.actions):
-        raise UserError(f"{episodes.folder}: has other observations or actions than {environment}")
+        own, found = (observation_size, len(actions.action_low)), (made.observation_size, made.action_size)
+        numbers = "observations and actions have {} and {} numbers, those of {environment} have {} and {}"
+        bounds = "actions have other bounds than those of {environment}"
+        differ = (numbers if own != found else bounds).format(*own, *found, environment=environment)
+        raise UserError(f"{episodes.folder}: {differ}: name the environment of the data")
     return actions._asdict() | {
         "name": environment or episodes.environment() or episodes.metadata["dataset_id"],
         "observation_size": observation_size,

@@ -5,6 +5,7 @@ import numpy as np
 from ringrl.data.store.format import StoredDomain
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.envs import is_foreign
+from ringrl.envs.foreign import d4rl_returns
 from ringrl.errors import printable
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -46,7 +47,7 @@ def _foreign_facts(domain: StoredDomain, episodes: int) -> dict[str, str]:
         actions = f"one of {domain.action_size} choices"
     elif bounds == ["[-1, 1]"]:
         actions = "as recorded, in [-1, 1]"
-    scores = "D4RL's, if it has the environment" if is_foreign(domain.name) else "unknown"
+    scores = "D4RL's" if is_foreign(domain.name) and d4rl_returns(domain.name)[0] is not None else "unknown"
     if domain.reference_returns:
         scores = "0 at a return of {:g}, 100 at {:g}".format(*domain.reference_returns)
     parts = ", ".join(f"{name} {width}" for name, width in domain.observation.items())

@@ -125,8 +125,12 @@ class Player:
         Raise UserError for another shape, an unknown reward of the last action, or, in ExoRL's domains, an episode that
         is longer than the data's.
         """
-        given = np.asarray(observation, np.float32)
         shape = self._batch, self._observation_size
+        try:
+            given = np.asarray(observation, np.float32)
+        except (TypeError, ValueError) as error:  # a Dict, or a Tuple of unlike parts
+            made = "ringrl.envs.make flattens Dict and Tuple spaces"
+            raise UserError(f"observation: is no array of numbers {shape}; {made}") from error
         if given.shape != shape and (self._batch > 1 or given.shape != shape[1:]):
             raise UserError(f"observation: has shape {given.shape}, expected {shape}")
         if not np.isfinite(given).all():

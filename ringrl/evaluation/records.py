@@ -70,9 +70,9 @@ class EvaluationRecord(pydantic.BaseModel):
     """Undiscounted return of episodes 1..n; None from the first failed episode on (a number that is not finite, or an
     unstable simulation)."""
     lengths: tuple[NonNegativeInt, ...] = ()
-    """Steps of each episode. Empty: all episodes have the task's length."""
+    """Steps of each episode, 0 without a return. Empty: all episodes have the task's length."""
     terminated: tuple[bool, ...] = ()
-    """Whether each episode terminated; the others were truncated. Empty: all were truncated."""
+    """Whether each episode terminated; others were truncated or failed. Empty: none terminated."""
     start_seeds: tuple[NonNegativeInt, ...] = ()
     """Environment seed of each episode. Empty: all starts were drawn one after another from `environment_seed`."""
     target_return: FiniteFloat | None = None

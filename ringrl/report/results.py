@@ -35,6 +35,13 @@ _COPIED = (
     "checkpoint_hash", "configuration_hash", "data_fingerprint", "command", "created", "evaluation",
     "reference_returns",
 )  # fmt: skip
+_PER_EPISODE = {
+    "return": "float64",
+    "episode": "int64",
+    "start": "object",
+    "episode_steps": "Int64",
+    "terminated": "bool",
+}
 _BUDGET = ("steps", "converged", "timesteps", "tokens", "flops", "seconds", "devices")
 
 Settings = Mapping[str, str]
@@ -60,7 +67,8 @@ def read_results(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     - `train_trajectories` per training context, 0 for methods without context; `test_trajectories`, episodes per
       rollout; `prompt_trajectories`, dataset trajectories before the first episode
     - `seed` of training; `memory`, False for the control; `stream`, the starts of the rollout; `episode`, from 1;
-      `start`, the start of this episode; `return`, NaN if the episode failed
+      `start`, the start of this episode; `return`, NaN if the episode failed; `episode_steps`, missing if it failed or
+      if all episodes have the task's length; `terminated`
     - `counts`: whether reports include the episode; `paired`: whether the episode has a return with and without memory
     - `run`: the training run, equal in all rows that share its checkpoint
     - `steps`, `converged`, `timesteps`, `tokens`, `flops`, `seconds`, `devices`: training cost (see `Budget`)
@@ -102,8 +110,7 @@ def tabulate(records: Sequence[EvaluationRecord]) -> pd.DataFrame:
         for record, variant in zip(newest, variants, strict=True)
         if record.context or variant.kind in CONTEXT_KINDS  # without a context, the control repeats the rollout
     ]
-    results = pd.DataFrame(rows).explode(["return", "episode", "start"], ignore_index=True)
-    results = results.astype({"return": "float64", "episode": "int64"})
+    results = pd.DataFrame(rows).explode([*_PER_EPISODE], ignore_index=True).astype(_PER_EPISODE)
     results = _mark_pairs(results).sort_values([*RUN, "memory", "stream", "episode"], ignore_index=True)
     results.attrs = {"left_out": _left_out(results, len(records) - len(newest), displaced, newest), "sources": []}
     return results
@@ -146,6 +153,8 @@ def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, An
         "return": [float("nan") if value is None else value for value in record.returns],
         "episode": list(range(1, 1 + record.test_trajectories)),
         "start": starts,
+        "episode_steps": [steps or None for steps in record.lengths or [0] * record.test_trajectories],
+        "terminated": list(record.terminated or [False] * record.test_trajectories),
         "start_seeds": list(record.start_seeds or (record.environment_seed,)),
         "settings": json.dumps(record.settings or {}),
         "versions": json.dumps(record.versions),

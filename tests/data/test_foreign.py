@@ -131,8 +131,9 @@ def bad(**changes: object) -> list[dict[str, np.ndarray]]:
         ({"reward": np.zeros(0)}, None, "with T at least 1"),
         ({name: np.zeros((0, 3)) for name in ("observation", "action", "reward")}, None, "with T at least 1"),
         ({"observation": np.float64(5)}, None, "has 1 observations"),
-        ({"terminated": np.zeros(0, bool)}, None, "expected T . 1"),
-        ({"terminated": lambda x: np.append(x, [False, True])}, None, "expected T . 1"),
+        ({"terminated": np.zeros(0, bool)}, None, r"has terminations of shape \(0,\); expected \(\d+,\) or one bool"),
+        ({"terminated": lambda x: np.append(x, [False, True])}, None, "has terminations of shape"),
+        ({"terminated": lambda x: np.stack([x, x], axis=1)}, None, r"has terminations of shape \(\d+, 2\)"),
         ({"observation": lambda x: x + 1e300}, None, "has a value in row 0 of observations that is not finite"),
         ({"reward": lambda x: x * np.nan}, None, "has a value in row 0 of rewards that is not finite"),
         ({"action": lambda x: x.astype(str)}, None, "has actions that are not numbers"),
@@ -160,6 +161,26 @@ def test_bad_episodes_are_named_and_nothing_is_written(change, environment, mess
     assert not list(tmp_path.iterdir())
 
 
+def test_an_episode_of_another_size_is_named(tmp_path):
+    (one,), (other,) = bad(), bad(action=np.zeros((len(bad()[0]["reward"]), 2)))
+    message = "arrays, episode 1: observations and actions have 11 and 2 numbers, those of episode 0 have 11 and 3"
+    with pytest.raises(UserError, match=message):
+        write_episodes(tmp_path / "own.h5", [one, other])
+
+
+@pytest.mark.parametrize("name", ["terminated", "termination", "terminals"])
+def test_the_end_of_an_episode_has_several_names(name, tmp_path):
+    (episode,) = bad()
+    ends = episode.pop("terminated")
+    found = [
+        write_episodes(tmp_path / f"{number}.h5", [episode | {name: given}]).facts.num_terminated
+        for number, given in enumerate((ends * False, ends * False | (np.arange(len(ends)) == len(ends) - 1), True))
+    ]
+    assert found == [0, 1, 1]
+    with pytest.raises(UserError, match="has an array done; name it terminated, and set it to False"):
+        write_episodes(tmp_path / "done.h5", [episode | {"done": ends}])
+
+
 def test_bad_files_are_named(tmp_path):
     from ringrl.data.foreign import import_episodes
 
@@ -184,5 +205,10 @@ def test_bad_files_are_named(tmp_path):
     with h5py.File(tmp_path / "flat.h5", "w") as file:
         file["observations"] = file["actions"] = file["terminals"] = np.zeros((3, 1))
         file["rewards"] = h5py.ExternalLink("other.h5", "rewards")
+    with h5py.File(tmp_path / "ends.h5", "w") as file:
+        file["observations"] = file["actions"] = file["rewards"] = np.zeros((3, 1))
+        file["terminals"] = np.zeros((3, 2))
+    with pytest.raises(UserError, match=r"ends\.h5: has terminals of shape \(3, 2\); expected \(3,\)"):
+        import_episodes(tmp_path / "ends.h5", tmp_path / "a.h5", "hdf5")
     with pytest.raises(UserError, match=r"flat\.h5: has a link in place of rewards"):
         import_episodes(tmp_path / "flat.h5", tmp_path / "a.h5", "hdf5")

@@ -23,6 +23,7 @@ from ringrl.evaluation import (
 )
 from ringrl.evaluation.records import folder_name, library_versions, read_records
 from ringrl.evaluation.scores import random_return, score_or_none
+from ringrl.report import tabulate
 from ringrl.study.cells import cells
 from ringrl.study.plan import AblationPlan
 from ringrl.study.runner import ablate
@@ -233,7 +234,15 @@ def test_an_environment_that_hangs_or_crashes_costs_its_own_streams(tmp_path):
         "environment 2 (seed 5) failed in step 1 (RuntimeError: a cable is loose); its episodes are left out",
     ):
         assert line in told
-    returns = [record.returns for record in read_records(tmp_path / "random.jsonl").records]
+    records = read_records(tmp_path / "random.jsonl").records
+    assert all((length > 0) == (value is not None) for one in records
+               for value, length in zip(one.returns, one.lengths, strict=True))  # fmt: skip
+    table = tabulate(records)
+    steps = [length for one in records for length in one.lengths]
+    assert table["episode_steps"].fillna(0).tolist() == steps
+    assert table["episode_steps"].isna().tolist() == table["return"].isna().tolist()
+    assert table["terminated"].tolist() == [ended for one in records for ended in one.terminated]
+    returns = [record.returns for record in records]
     assert [[value is None for value in row] for row in returns] == [
         [False] * 2,
         [False, True],

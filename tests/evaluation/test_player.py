@@ -122,6 +122,11 @@ def test_errors_of_a_loop(at_run: Path) -> None:
         one.act(np.full((2, 42), np.nan))
     one.act(observation)[:] = np.nan  # a copy: the player remembers its own action
     assert np.isfinite(one._pending).all()
+    for wrong in ({"place": observation}, (observation, np.zeros(3))):
+        with pytest.raises(
+            UserError, match=r"^observation: is no array of numbers \(2, 42\); ringrl\.envs\.make flattens"
+        ):
+            policy.player(batch=2).act(wrong)
     with pytest.raises(UserError, match=r"call observe\(reward\) first"):
         one.act(observation)
     with pytest.raises(UserError, match=r"reward: \[nan, 1.0\] is not finite"):
